@@ -1,0 +1,217 @@
+//! Task adapters: what they are in memory. Their formats, store and registry are the child modules.
+//!
+//! Whatever the kind (text prefix, prompt tuning, P-tuning, prefix-tuning), an adapter becomes one
+//! [`Prefix`]: rows of K and V that every request of the task attends to, given either as stored rows
+//! ([`KvRows`]) or as input rows that the frozen model runs once ([`PrefixRow`]).
+mod peft;
+pub mod registry;
+pub mod store;
+mod task;
+pub mod watch;
+
+use crate::error::{Error, Result};
+use std::fmt;
+use std::sync::Arc;
+
+pub use peft::{Loaded, load as load_folder};
+pub use registry::{Registry, State, Status, Ticket};
+pub use store::{Staging, Store};
+pub use task::{CardSampling, CardStopping, TaskCard};
+
+/// The name of an adapter: `[A-Za-z0-9][A-Za-z0-9._-]*`, at most 128 bytes. Never a path.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AdapterId(Arc<str>);
+
+impl AdapterId {
+    /// Longest id in bytes.
+    pub const MAX_BYTES: usize = 128;
+
+    /// Checks `id`; the error names the field `adapter_id`.
+    pub fn parse(id: &str) -> Result<Self> {
+        let rule = "must match [A-Za-z0-9][A-Za-z0-9._-]* and have at most 128 bytes";
+        let ok = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        let first = id.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+        if !first || id.len() > Self::MAX_BYTES || !id.bytes().all(ok) {
+            return Err(Error::invalid("adapter_id", format!("{id:?}"), rule));
+        }
+        Ok(AdapterId(id.into()))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for AdapterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for AdapterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", &*self.0)
+    }
+}
+
+/// blake3 of content. KV pages are keyed by it, never by a name.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Digest(pub [u8; 32]);
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Digest({self})")
+    }
+}
+
+/// Which load of an id this is; grows by one with every load, over all ids of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Generation(pub u64);
+
+/// What an adapter must agree with: the facts of the base model, given by the model layer.
+#[derive(Clone, Debug)]
+pub struct BaseShape {
+    /// Name of the base for messages.
+    pub name: String,
+    /// Number of decoder layers.
+    pub num_layers: usize,
+    /// KV heads per layer.
+    pub num_kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Tokens in the longest sequence, prefix included.
+    pub max_model_len: usize,
+}
+
+/// The adapter method, by the names of PEFT's `peft_type`; `Text` has no weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum Method {
+    Text,
+    PromptTuning,
+    PTuning,
+    PrefixTuning,
+    MultitaskPromptTuning,
+}
+
+impl Method {
+    /// PEFT's spelling (`TEXT` for text-only task cards).
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Method::Text => "TEXT",
+            Method::PromptTuning => "PROMPT_TUNING",
+            Method::PTuning => "P_TUNING",
+            Method::PrefixTuning => "PREFIX_TUNING",
+            Method::MultitaskPromptTuning => "MULTITASK_PROMPT_TUNING",
+        }
+    }
+}
+
+/// K and V of the leading prefix rows, as the adapter stores them (already rotated: never rotate again).
+#[derive(Clone, PartialEq)]
+pub struct KvRows {
+    /// Number of rows.
+    pub len: usize,
+    /// `[len, 2 * num_layers, num_kv_heads, head_dim]`: entry 2l is K of layer l, 2l+1 its V.
+    pub data: Arc<[f32]>,
+}
+
+/// One input row that the model runs when the prefix is compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefixRow {
+    /// A token of the vocabulary.
+    Token(u32),
+    /// Row `i` of [`Prefix::soft`].
+    Soft(u32),
+}
+
+/// What every request of the task attends to: `kv` rows first, then `rows`, at positions `0..len()`.
+#[derive(Clone)]
+pub struct Prefix {
+    /// Key of the compiled pages: content of everything below. The engine adds the model's own digest by
+    /// keeping one pool for one model.
+    pub digest: Digest,
+    /// Stored K and V (prefix-tuning).
+    pub kv: Option<KvRows>,
+    /// Rows to run through the model: virtual tokens, prefix text.
+    pub rows: Vec<PrefixRow>,
+    /// `[num_soft, hidden_size]` virtual token embeddings that `rows` points into.
+    pub soft: Arc<[f32]>,
+}
+
+impl Prefix {
+    /// Builds a prefix and its digest; `None` if there is not one row in it.
+    pub fn new(kv: Option<KvRows>, rows: Vec<PrefixRow>, soft: Arc<[f32]>) -> Option<Self> {
+        let kv = kv.filter(|kv| kv.len > 0);
+        if kv.is_none() && rows.is_empty() {
+            return None;
+        }
+        let mut h = blake3::Hasher::new();
+        let mut floats = |tag: &[u8], v: &[f32]| {
+            h.update(tag).update(&(v.len() as u64).to_le_bytes());
+            let mut bytes = Vec::with_capacity(4096);
+            for chunk in v.chunks(1024) {
+                bytes.clear();
+                chunk.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
+                h.update(&bytes);
+            }
+        };
+        floats(b"kv", kv.as_ref().map_or(&[], |kv| &kv.data));
+        floats(b"soft", &soft);
+        for row in &rows {
+            match row {
+                PrefixRow::Token(id) => h.update(b"t").update(&id.to_le_bytes()),
+                PrefixRow::Soft(i) => h.update(b"s").update(&i.to_le_bytes()),
+            };
+        }
+        Some(Prefix { digest: Digest(*h.finalize().as_bytes()), kv, rows, soft })
+    }
+
+    /// Number of positions the prefix takes.
+    #[allow(clippy::len_without_is_empty)] // never empty: see `new`
+    pub fn len(&self) -> usize {
+        self.kv_len() + self.rows.len()
+    }
+
+    /// Leading positions whose K and V are stored.
+    pub fn kv_len(&self) -> usize {
+        self.kv.as_ref().map_or(0, |kv| kv.len)
+    }
+
+    /// Bytes held on the host.
+    pub fn bytes(&self) -> usize {
+        4 * (self.soft.len() + self.kv.as_ref().map_or(0, |kv| kv.data.len())) + self.rows.len() * 8
+    }
+}
+
+impl fmt::Debug for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Prefix({}, {} kv rows, {} input rows)", self.digest, self.kv_len(), self.rows.len())
+    }
+}
+
+/// One loaded generation of a task adapter. Immutable; requests hold it by [`Arc`].
+#[derive(Debug)]
+pub struct Adapter {
+    /// The name requests use.
+    pub id: AdapterId,
+    /// Which load this is.
+    pub generation: Generation,
+    /// How it was made.
+    pub method: Method,
+    /// PEFT's `num_virtual_tokens`; 0 for text-only.
+    pub num_virtual_tokens: usize,
+    /// Template, labels, defaults.
+    pub card: TaskCard,
+    /// `None` for a card without prefix text (a template alone).
+    pub prefix: Option<Arc<Prefix>>,
+}

@@ -1,0 +1,75 @@
+//! Runs a step: the pool's copies, the model, and the logits in blocks.
+use super::batcher::{self, LogitUse};
+use super::scheduler::{Scheduler, Step};
+use crate::adapter::KvRows;
+use crate::error::{Error, Result};
+use crate::kv::{KvPool, PAGE_TOKENS, PageId};
+use crate::model::Model;
+use candle_core::{CpuStorage, Device, Storage, Tensor};
+use std::sync::Arc;
+
+/// Rows whose logits are held at once: `[tokens, vocab]` never exists.
+const LOGIT_ROWS: usize = 64;
+
+/// The model and its KV pool, on the engine thread.
+pub struct Runner {
+    model: Model,
+    kv: KvPool,
+}
+
+impl Runner {
+    /// A pool of `pages` for `model`.
+    pub fn new(model: Model, pages: usize) -> Result<Self> {
+        let kv = model.kv_pool(pages)?;
+        Ok(Runner { model, kv })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Runs `step` and hands each wanted row of logits `[vocab]` to `take`, in the batch's order.
+    pub fn run(&self, step: &Step, scheduler: &Scheduler, mut take: impl FnMut(LogitUse, &[f32])) -> Result<()> {
+        if cfg!(debug_assertions) {
+            step.fresh.iter().try_for_each(|page| self.kv.poison(*page))?;
+        }
+        for digest in &step.copies {
+            if let Some(resident) = scheduler.prefixes().get(digest) {
+                resident.prefix.kv.iter().try_for_each(|rows| self.copy(rows, &resident.pages))?;
+            }
+        }
+        let (batch, uses) = batcher::build(step, scheduler, self.model.info().hidden_size);
+        if batch.inputs.is_empty() {
+            return Ok(());
+        }
+        let Some(hidden) = self.model.forward(&batch, &self.kv)? else { return Ok(()) };
+        for (block, uses) in uses.chunks(LOGIT_ROWS).enumerate() {
+            let logits = self.model.logits(&hidden.narrow(0, block * LOGIT_ROWS, uses.len())?)?;
+            let vocab = logits.dim(1)?;
+            let (storage, layout) = logits.storage_and_layout();
+            let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+            else {
+                return Err(Error::internal("logits are not contiguous f32 on the CPU"));
+            };
+            uses.iter().zip(all[start..end].chunks_exact(vocab)).for_each(|(u, row)| take(*u, row));
+        }
+        Ok(())
+    }
+
+    /// Stored K and V rows into the pages of positions 0..len.
+    fn copy(&self, rows: &KvRows, pages: &[PageId]) -> Result<()> {
+        let layout = self.kv.layout();
+        let width = 2 * layout.kv_heads * layout.head_dim;
+        let layers = self.model.info().num_layers;
+        let slot = |i: usize| pages[i / PAGE_TOKENS].0 * PAGE_TOKENS as u32 + (i % PAGE_TOKENS) as u32;
+        let slots: Arc<[u32]> = (0..rows.len).map(slot).collect();
+        let all = Tensor::from_slice(&rows.data, (rows.len, layers, width), &Device::Cpu)?;
+        for layer in 0..layers {
+            // Rows 2l and 2l + 1 are neighbours: K of the layer, then V.
+            let rows = all.narrow(1, layer, 1)?.squeeze(1)?.contiguous()?;
+            self.kv.write(layer, &rows, &slots, 0)?;
+        }
+        Ok(())
+    }
+}

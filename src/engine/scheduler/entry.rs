@@ -1,0 +1,101 @@
+//! One sequence in the scheduler's books.
+use super::NewSequence;
+use crate::adapter::Prefix;
+use crate::kv::block_allocator::BlockHash;
+use crate::kv::{PAGE_TOKENS, PageId};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A sequence as the scheduler sees it.
+#[derive(Debug)]
+pub struct Entry {
+    pub(super) tenant: Arc<str>,
+    pub(super) prefix: Option<Arc<Prefix>>,
+    /// Prompt, then generated tokens.
+    pub(super) tokens: Vec<u32>,
+    pub(super) prompt_len: usize,
+    pub(super) score_from: Option<usize>,
+    pub(super) generates: bool,
+    /// Own tokens whose K and V are in `pages`.
+    pub(super) computed: usize,
+    pub(super) pages: Vec<PageId>,
+    /// Hashes of its full blocks, as far as known.
+    pub(super) hashes: Vec<BlockHash>,
+    /// Tokens charged already: what is computed again is not charged again.
+    pub(super) charged: usize,
+    /// Tokens found in the cache at the first admission.
+    pub(super) cached: usize,
+    pub(super) running: bool,
+    pub(super) seen_prefix: bool,
+}
+
+impl Entry {
+    pub(super) fn new(new: NewSequence) -> Self {
+        Entry {
+            prompt_len: new.tokens.len(),
+            tenant: new.tenant,
+            prefix: new.prefix,
+            tokens: new.tokens,
+            score_from: new.score_from,
+            generates: new.max_new_tokens > 0,
+            computed: 0,
+            pages: Vec::new(),
+            hashes: Vec::new(),
+            charged: 0,
+            cached: 0,
+            running: false,
+            seen_prefix: false,
+        }
+    }
+
+    /// Tokens to compute before something can be sampled, or everything is scored.
+    pub(super) fn goal(&self) -> usize {
+        if self.generates { self.tokens.len() } else { self.tokens.len() - 1 }
+    }
+
+    /// Prompt and generated tokens.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Own pages.
+    pub fn pages(&self) -> &[PageId] {
+        &self.pages
+    }
+
+    /// Its prefix.
+    pub fn prefix(&self) -> Option<&Arc<Prefix>> {
+        self.prefix.as_ref()
+    }
+
+    /// Whom the work is charged to.
+    pub fn tenant(&self) -> &Arc<str> {
+        &self.tenant
+    }
+
+    /// Prompt tokens found in the cache.
+    pub fn cached(&self) -> usize {
+        self.cached
+    }
+
+    /// Rows of `chunk` whose logits are scored, then whether the last row is sampled.
+    pub fn logits(&self, chunk: &Range<usize>) -> (Range<usize>, bool) {
+        let sample = self.generates && chunk.end == self.tokens.len();
+        // Row i predicts token i + 1.
+        let scored = self.score_from.map_or(0..0, |from| {
+            let (start, end) = (chunk.start.max(from - 1), chunk.end.min(self.prompt_len - 1));
+            start..end.max(start)
+        });
+        (scored, sample)
+    }
+
+    /// Continues the hash chain to `blocks` full blocks.
+    pub(super) fn extend_hashes(&mut self, blocks: usize) {
+        let root = || BlockHash::root(self.prefix.as_ref().map(|p| p.digest));
+        let mut hash = self.hashes.last().copied().unwrap_or_else(root);
+        for block in self.hashes.len()..blocks {
+            hash = hash.child(&self.tokens[block * PAGE_TOKENS..(block + 1) * PAGE_TOKENS]);
+            self.hashes.push(hash);
+        }
+    }
+}

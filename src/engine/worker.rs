@@ -1,0 +1,369 @@
+//! The engine thread: owns the model, the pool and every sequence.
+use super::Stats;
+use super::batcher::LogitUse;
+use super::request::{Event, FinishReason, Request};
+use super::runner::Runner;
+use super::sampler;
+use super::scheduler::{NewSequence, Scheduler, SchedulerConfig, SequenceId, Step};
+use super::sequence::Sequence;
+use crate::adapter::{Digest, Prefix};
+use crate::config::EngineConfig;
+use crate::error::{Error, Result};
+use crate::kv::{PAGE_TOKENS, pages_for};
+use crate::model::Model;
+use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+use tokio::sync::{mpsc, oneshot};
+
+/// A message to the engine thread.
+pub enum Command {
+    /// Run this.
+    Submit(Box<Request>, mpsc::Sender<Event>),
+    /// Compile a prefix now.
+    Prepare { prefix: Arc<Prefix>, pinned: bool, done: oneshot::Sender<Result<()>> },
+    /// A prefix is out of service.
+    Forget(Digest),
+    /// Look at the stop flag.
+    Wake,
+}
+
+/// What handles read without asking the thread.
+pub struct Shared {
+    stop: AtomicBool,
+    stats: Mutex<Stats>,
+    resident: Mutex<HashSet<Digest>>,
+    /// Tokens in the longest sequence.
+    pub max_model_len: usize,
+    /// Tokens that the pool holds.
+    pub kv_tokens: usize,
+    vocab_size: usize,
+}
+
+impl Shared {
+    /// Ends the thread after its step.
+    pub fn stop(&self) {
+        self.stop.store(true, Release);
+    }
+
+    /// Figures as of the last step.
+    pub fn stats(&self) -> Stats {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a prefix is in the pool.
+    pub fn is_resident(&self, digest: Digest) -> bool {
+        self.resident.lock().unwrap_or_else(PoisonError::into_inner).contains(&digest)
+    }
+
+    /// What can be said about a request without the thread's state.
+    pub fn admit(&self, request: &Request) -> Result<()> {
+        let (prompt, new) = (request.tokens.len(), request.stopping.max_new_tokens);
+        let prefix = request.prefix.as_ref().map_or(0, |p| p.len());
+        let too_long = |limit: usize, what: &str| {
+            let text = format!("{} tokens (prefix {prefix}, prompt {prompt}, new {new})", prefix + prompt + new);
+            Error::invalid("prompt", text, format!("{what} {limit}"))
+        };
+        if prompt == 0 {
+            return Err(Error::invalid("prompt", "empty", "must have at least one token"));
+        }
+        if let Some(id) = request.tokens.iter().find(|id| **id as usize >= self.vocab_size) {
+            return Err(Error::invalid(
+                "token_ids",
+                id,
+                format!("must be below the vocabulary size {}", self.vocab_size),
+            ));
+        }
+        if prefix + prompt + new > self.max_model_len {
+            return Err(too_long(self.max_model_len, "the context holds"));
+        }
+        let pages = pages_for(prompt + new) + pages_for(prefix);
+        if pages * PAGE_TOKENS > self.kv_tokens {
+            let text = format!("the request needs {pages} KV pages, the pool has {}", self.kv_tokens / PAGE_TOKENS);
+            return Err(Error::exhausted(text, None));
+        }
+        let scores = request.score_from.is_some_and(|from| (1..prompt).contains(&from));
+        if request.score_from.is_some() != scores || new == 0 && !scores {
+            return Err(Error::invalid("prompt", format!("{prompt} tokens"), "leaves nothing to score"));
+        }
+        request.sampling.validate()
+    }
+}
+
+/// The thread's state.
+pub struct Worker {
+    runner: Runner,
+    scheduler: Scheduler,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// Who waits for a prefix to be compiled.
+    waiting: HashMap<Digest, Vec<oneshot::Sender<Result<()>>>>,
+    inbox: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    steps: u64,
+    generated: u64,
+}
+
+impl Worker {
+    /// Sizes the pool and takes it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the pool would not hold one page.
+    pub fn new(model: Model, config: &EngineConfig, inbox: mpsc::Receiver<Command>) -> Result<Self> {
+        let info = model.info();
+        let pages = match config.kv_tokens {
+            0 => (config.kv_memory_mib << 20) / model.page_bytes(),
+            tokens => pages_for(tokens),
+        };
+        let (max_model_len, vocab_size) = (info.max_model_len, info.vocab_size);
+        // A page is counted by a u32 slot.
+        let pages = pages.min(u32::MAX as usize / PAGE_TOKENS);
+        if pages == 0 {
+            let rule = format!("one page of {PAGE_TOKENS} tokens takes {} bytes", model.page_bytes());
+            return Err(Error::invalid("engine.kv_memory_mib", config.kv_memory_mib, rule));
+        }
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            stats: Mutex::default(),
+            resident: Mutex::default(),
+            max_model_len,
+            kv_tokens: pages * PAGE_TOKENS,
+            vocab_size,
+        });
+        let scheduler = Scheduler::new(SchedulerConfig {
+            pages,
+            max_batch_tokens: config.max_batch_tokens,
+            max_sequences: config.max_sequences,
+            max_queue: config.max_queue,
+            max_queue_per_tenant: config.max_queue_per_adapter,
+            prefix_caching: config.prefix_caching,
+        });
+        Ok(Worker {
+            runner: Runner::new(model, pages)?,
+            scheduler,
+            sequences: HashMap::new(),
+            waiting: HashMap::new(),
+            inbox,
+            shared,
+            steps: 0,
+            generated: 0,
+        })
+    }
+
+    /// What handles share with it.
+    pub fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    /// Runs until it is stopped or every handle is gone.
+    pub fn run(mut self) {
+        self.publish();
+        while self.listen() {
+            self.reap();
+            let step = self.scheduler.schedule();
+            self.announce(&step);
+            if !step.is_empty() {
+                self.step(&step);
+            }
+            self.answer_waiting();
+            self.publish();
+        }
+        let stopped = || Error::unavailable("the server is stopping");
+        self.sequences.drain().for_each(|(_, s)| s.fail(stopped()));
+        self.waiting.drain().flat_map(|(_, w)| w).for_each(|done| drop(done.send(Err(stopped()))));
+    }
+
+    /// Takes in what came; blocks while there is nothing to do. False: stop.
+    fn listen(&mut self) -> bool {
+        if !self.scheduler.has_work() {
+            match self.inbox.blocking_recv() {
+                Some(command) => self.obey(command),
+                None => return false,
+            }
+        }
+        loop {
+            match self.inbox.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(mpsc::error::TryRecvError::Empty) => break,
+                Err(mpsc::error::TryRecvError::Disconnected) => return false,
+            }
+        }
+        !self.shared.stop.load(Acquire)
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(request, events) => {
+                let new = NewSequence {
+                    tenant: request.tenant.clone(),
+                    prefix: request.prefix.clone(),
+                    tokens: request.tokens.clone(),
+                    score_from: request.score_from,
+                    max_new_tokens: request.stopping.max_new_tokens,
+                };
+                let sequence = Sequence::new(*request, events);
+                match self.scheduler.submit(new) {
+                    Ok(id) => drop(self.sequences.insert(id, sequence)),
+                    Err(e) => sequence.fail(e),
+                }
+            }
+            Command::Prepare { prefix, pinned, done } => {
+                let digest = prefix.digest;
+                match self.scheduler.prepare(prefix, pinned) {
+                    Ok(()) => self.waiting.entry(digest).or_default().push(done),
+                    // Nobody may be listening any more.
+                    Err(e) => drop(done.send(Err(e))),
+                }
+            }
+            Command::Forget(digest) => {
+                self.scheduler.forget(&digest);
+                self.disappoint(&digest, &Error::precondition("the adapter was unloaded while it was compiled"));
+            }
+            Command::Wake => {}
+        }
+    }
+
+    /// Ends sequences that nobody waits for, before they cost another step.
+    fn reap(&mut self) {
+        let now = Instant::now();
+        let ended = |s: &Sequence| match s.deadline {
+            _ if s.abandoned() => Some(FinishReason::Cancelled),
+            Some(deadline) if deadline <= now => Some(FinishReason::Deadline),
+            _ => None,
+        };
+        let gone: Vec<_> = self.sequences.iter().filter_map(|(id, s)| Some((*id, ended(s)?))).collect();
+        gone.into_iter().for_each(|(id, reason)| self.finish(id, reason, None));
+    }
+
+    fn announce(&mut self, step: &Step) {
+        for id in &step.preempted {
+            self.sequences.get_mut(id).into_iter().for_each(Sequence::preempted);
+        }
+        for id in &step.admitted {
+            let cached = self.scheduler.get(*id).map_or(0, |e| e.cached());
+            self.sequences.get_mut(id).into_iter().for_each(|s| s.admitted(cached));
+        }
+        let adapters: HashSet<_> =
+            step.sequences.iter().filter_map(|c| self.scheduler.get(c.id)).map(|e| e.tenant().clone()).collect();
+        for chunk in &step.sequences {
+            let sequence = self.sequences.get_mut(&chunk.id);
+            sequence.into_iter().for_each(|s| s.shared(step.sequences.len(), adapters.len()));
+        }
+        for digest in &step.unfit {
+            self.disappoint(digest, &Error::exhausted("the KV pool has no room for this prefix", None));
+        }
+        for id in &step.stuck {
+            self.fail(*id, Error::exhausted("the KV pool has no room for this request even alone", None));
+        }
+    }
+
+    fn step(&mut self, step: &Step) {
+        self.steps += 1;
+        let eos = self.runner.model().eos_token_ids().to_vec();
+        let mut sampled = Vec::new();
+        let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
+        // A panic here is a bug of ours; it must cost the requests of this step only.
+        let run = AssertUnwindSafe(|| {
+            runner.run(step, scheduler, |usage, logits| match usage {
+                LogitUse::Score { id, index } => {
+                    let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { return };
+                    let token = sampler::logprob(logits, entry.tokens()[index], s.top_logprobs);
+                    s.scored(index, token);
+                }
+                LogitUse::Sample { id } => {
+                    let Some(s) = sequences.get_mut(&id) else { return };
+                    let banned = s.banned(&eos);
+                    sampled.push((id, s.sampler.sample(logits, banned)));
+                }
+            })
+        });
+        let done = catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked")));
+        if let Err(e) = done {
+            return self.fail_step(step, &e);
+        }
+        self.scheduler.complete(step);
+        for chunk in &step.sequences {
+            let end = self.sequences.get_mut(&chunk.id).and_then(Sequence::after_step);
+            end.into_iter().for_each(|reason| self.finish(chunk.id, reason, None));
+        }
+        for (id, token) in sampled {
+            self.generated += 1;
+            self.scheduler.push_token(id, token.id);
+            let Some(s) = self.sequences.get_mut(&id) else { continue };
+            match s.generated(token, self.runner.model().tokenizer(), &eos) {
+                Ok(None) => {}
+                Ok(Some((reason, stop))) => self.finish(id, reason, stop),
+                Err(e) => self.fail(id, e),
+            }
+        }
+    }
+
+    /// The model failed: the step's sequences end, and so do those that wait for its prefixes.
+    fn fail_step(&mut self, step: &Step, error: &Error) {
+        tracing::error!(%error, sequences = step.sequences.len(), prefixes = step.prefixes.len(), "step failed");
+        for chunk in &step.sequences {
+            self.fail(chunk.id, error.clone());
+        }
+        let prefixes = step.prefixes.iter().map(|c| c.digest).chain(step.copies.iter().copied());
+        for digest in prefixes.collect::<HashSet<_>>() {
+            for id in self.scheduler.fail_prefix(&digest) {
+                self.fail(id, error.clone());
+            }
+            self.disappoint(&digest, error);
+        }
+    }
+
+    /// Tells those who wait for a prefix that it will not come.
+    fn disappoint(&mut self, digest: &Digest, error: &Error) {
+        let waiting = self.waiting.remove(digest).unwrap_or_default();
+        waiting.into_iter().for_each(|done| drop(done.send(Err(error.clone()))));
+    }
+
+    fn answer_waiting(&mut self) {
+        let ready: Vec<_> = self.waiting.keys().filter(|d| self.scheduler.is_ready(d)).copied().collect();
+        for digest in ready {
+            let waiting = self.waiting.remove(&digest).unwrap_or_default();
+            waiting.into_iter().for_each(|done| drop(done.send(Ok(()))));
+        }
+    }
+
+    fn finish(&mut self, id: SequenceId, reason: FinishReason, stop: Option<String>) {
+        self.scheduler.finish(id);
+        if let Some(s) = self.sequences.remove(&id) {
+            s.finish(reason, stop, self.runner.model().tokenizer());
+        }
+    }
+
+    fn fail(&mut self, id: SequenceId, error: Error) {
+        self.scheduler.finish(id);
+        self.sequences.remove(&id).into_iter().for_each(|s| s.fail(error.clone()));
+    }
+
+    fn publish(&self) {
+        let (running, waiting) = self.scheduler.load();
+        let (kv_pages_total, kv_pages_available) = self.scheduler.page_counts();
+        let counters = self.scheduler.counters();
+        let resident: HashSet<Digest> = self.scheduler.prefixes().ready().collect();
+        let stats = Stats {
+            running,
+            waiting,
+            kv_pages_total,
+            kv_pages_available,
+            prefixes_resident: resident.len(),
+            steps: self.steps,
+            prompt_tokens: counters.prompt_tokens,
+            cached_tokens: counters.cached_tokens,
+            generated_tokens: self.generated,
+            preemptions: counters.preemptions,
+            prefix_hits: counters.prefix_hits,
+            prefix_misses: counters.prefix_misses,
+            prefix_evictions: counters.prefix_evictions,
+        };
+        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+        let mut known = self.shared.resident.lock().unwrap_or_else(PoisonError::into_inner);
+        if *known != resident {
+            *known = resident;
+        }
+    }
+}

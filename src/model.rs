@@ -1,0 +1,170 @@
+//! The base model: loaded once, frozen, shared by every task.
+pub mod batch;
+pub mod config;
+mod decoder;
+pub mod source;
+mod weights;
+
+use crate::adapter::BaseShape;
+use crate::config::{Device, DtypeChoice};
+use crate::error::{Context, Error, Kind, Result};
+use crate::kv::KvPool;
+use crate::ops::linear::Cpu;
+use crate::tokenizer::Tokenizer;
+use batch::Batch;
+use candle_core::{DType, Tensor};
+use config::ModelConfig;
+use decoder::Decoder;
+use source::ModelFiles;
+use weights::Checkpoint;
+
+/// Weights, tokenizer and facts of the base.
+pub struct Model {
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    eos_token_ids: Vec<u32>,
+}
+
+/// The facts that the API shows.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct ModelInfo {
+    /// Folder, hub id or `embedded`.
+    pub name: String,
+    pub family: &'static str,
+    pub num_parameters: u64,
+    pub num_layers: usize,
+    pub hidden_size: usize,
+    pub num_attention_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    /// Tokens in the longest sequence, prefix included.
+    pub max_model_len: usize,
+    /// Type of the weights in the checkpoint or as asked for.
+    pub dtype: &'static str,
+    /// `cpu`.
+    pub device: String,
+}
+
+/// How to load a model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// Where it runs.
+    pub device: Device,
+    /// Type of the weights.
+    pub dtype: DtypeChoice,
+    /// Threads of the CPU ops; 0: one a core.
+    pub threads: usize,
+    /// Longest sequence; 0: the model's own.
+    pub max_model_len: usize,
+}
+
+impl Model {
+    /// Reads, checks and packs the weights. Blocks for as long as that takes.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` for a model or device that is not served, `InvalidArgument` for broken files.
+    pub fn load(files: &ModelFiles, options: LoadOptions) -> Result<Self> {
+        let load = || Self::load_inner(files, options);
+        load().map_err(|e| e.context(format!("model {}", files.name)))
+    }
+
+    fn load_inner(files: &ModelFiles, options: LoadOptions) -> Result<Self> {
+        if let Device::Cuda(index) = options.device {
+            let rule = "this build has no CUDA support; use `cpu` or `auto`";
+            return Err(Error::precondition(format!("`device` is cuda:{index}, {rule}")));
+        }
+        let config = ModelConfig::parse(&files.config)?;
+        let tokenizer = Tokenizer::from_bytes(&files.tokenizer)?;
+        let max_model_len = match options.max_model_len {
+            0 => config.max_position_embeddings,
+            n if n <= config.max_position_embeddings => n,
+            n => {
+                let rule = format!("the model has {} positions", config.max_position_embeddings);
+                return Err(Error::invalid("engine.max_model_len", n, rule));
+            }
+        };
+        let dtype = match options.dtype {
+            DtypeChoice::Auto => None,
+            DtypeChoice::F32 => Some(DType::F32),
+            DtypeChoice::Bf16 => Some(DType::BF16),
+            DtypeChoice::F16 => Some(DType::F16),
+        };
+        let eos_token_ids = match &files.generation_config {
+            None => config.eos_token_ids.clone(),
+            Some(json) => {
+                let v: serde_json::Value =
+                    serde_json::from_slice(json).or_kind(Kind::InvalidArgument, "generation_config.json")?;
+                let ids = config::token_ids(&v["eos_token_id"]);
+                if ids.is_empty() { config.eos_token_ids.clone() } else { ids }
+            }
+        };
+        let mut checkpoint = Checkpoint::open(&files.weights, dtype)?;
+        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, &Cpu::new(options.threads))?;
+        let info = ModelInfo {
+            name: files.name.clone(),
+            family: config.family.name,
+            num_parameters: checkpoint.parameters(),
+            num_layers: config.num_layers,
+            hidden_size: config.hidden_size,
+            num_attention_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            vocab_size: config.vocab_size,
+            max_model_len,
+            dtype: checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
+            device: "cpu".into(),
+        };
+        checkpoint.finish()?;
+        Ok(Model { decoder, tokenizer, info, eos_token_ids })
+    }
+
+    /// Its facts.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Tokens that end a text.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+
+    /// What adapters must agree with.
+    pub fn shape(&self) -> BaseShape {
+        BaseShape {
+            name: self.info.name.clone(),
+            num_layers: self.info.num_layers,
+            num_kv_heads: self.info.num_kv_heads,
+            head_dim: self.info.head_dim,
+            hidden_size: self.info.hidden_size,
+            max_model_len: self.info.max_model_len,
+        }
+    }
+
+    /// Bytes of one KV page.
+    pub fn page_bytes(&self) -> usize {
+        KvPool::page_bytes(self.decoder.kv_layout(), self.info.num_layers)
+    }
+
+    /// A pool of `pages` for this model.
+    pub fn kv_pool(&self, pages: usize) -> Result<KvPool> {
+        KvPool::new(self.decoder.kv_layout(), self.info.num_layers, pages, &candle_core::Device::Cpu)
+    }
+
+    /// Runs the batch: K and V go into `kv`; returns the hidden rows `[logit_rows, hidden]` whose logits are wanted.
+    pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
+        self.decoder.forward(batch, kv)
+    }
+
+    /// Hidden rows `[n, hidden]` -> logits `[n, vocab]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.decoder.logits(hidden)
+    }
+}

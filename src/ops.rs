@@ -1,0 +1,85 @@
+//! Every tensor op that the decoder needs beyond candle's, one file an op: CPU code, gradient, and the only
+//! `unsafe` of the crate.
+//!
+//! # Rules
+//! * A row of the result depends on that row's input alone: sums run in one fixed order whatever the number of
+//!   rows, the threads or the neighbours. That is what makes a request's bits independent of its batch.
+//! * Activations on the CPU are f32 whatever the type of the weights.
+//! * An op without a gradient says so: candle's default `bwd` of a custom op is an error, and none of ours
+//!   returns `None` in its place.
+/// Compiles one straight-line body for AVX-512, AVX2 and the baseline, and picks at run time. No contraction
+/// happens, so all three give the same bits.
+macro_rules! simd {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $ty),*) {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512($($arg: $ty),*) {
+                    body($($arg),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $ty),*) {
+                    body($($arg),*)
+                }
+                let has512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl");
+                if has512 {
+                    // SAFETY: the features were just found.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the feature was just found.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+
+pub mod embed;
+pub mod float;
+pub mod gated_mlp;
+pub mod kv_write;
+pub mod linear;
+pub mod mapped;
+pub mod norm;
+pub mod pool;
+pub mod prefix_attention;
+pub mod rope;
+pub mod sample;
+
+pub use linear::Linear;
+pub use pool::Pool;
+
+use candle_core::{CpuStorage, Layout, Result, bail};
+
+/// The contiguous f32 elements of a CPU tensor, or an error that names the op.
+fn f32_slice<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(v), Some((start, end))) => Ok(&v[start..end]),
+        (CpuStorage::F32(_), None) => bail!("{op}: the tensor must be contiguous, it is {layout:?}"),
+        _ => bail!("{op}: the tensor must be f32"),
+    }
+}
+
+/// A raw pointer that threads of one [`Pool::run`] share to write disjoint ranges.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+// SAFETY: the holder writes disjoint ranges only; each use says which.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn get(self) -> *mut T {
+        self.0
+    }
+}

@@ -1,0 +1,70 @@
+//! Float conversions and the exponential, the same bits on every instruction set.
+
+/// Rounds to the nearest bf16, ties to even; NaN stays NaN. Integer code: `vcvtneps2bf16` would flush denormals.
+#[inline(always)]
+pub fn f32_to_bf16(v: f32) -> u16 {
+    let bits = v.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) as u16 | 0x40 } else { rounded }
+}
+
+/// Exact.
+#[inline(always)]
+pub fn bf16_to_f32(v: u16) -> f32 {
+    f32::from_bits(u32::from(v) << 16)
+}
+
+/// e^x for x <= 88, within 2 units in the last place; 0 below -87.3 (where f32 turns denormal), NaN for NaN.
+/// Straight-line code that vectorises: x = n ln 2 + r, a polynomial in r (Cephes' `expf`), then 2^n by the exponent bits.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+    let clamped = if x < -87.3 { -87.3 } else { x };
+    let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_6e-1;
+    p = p * r + 0.5;
+    let e = p * r * r + r + 1.0;
+    let two_n = f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
+    if x < -87.3 { 0.0 } else { e * two_n }
+}
+
+/// x / (1 + e^-x).
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x.max(-87.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_everywhere() {
+        let mut worst = 0f64;
+        for i in -87_000..=88_000 {
+            let x = i as f32 / 1000.0;
+            let want = f64::from(x).exp();
+            worst = worst.max(((f64::from(exp(x)) - want) / want).abs());
+        }
+        assert!(worst < 2.4e-7, "{worst}");
+        assert_eq!((exp(0.0), exp(f32::NEG_INFINITY), exp(-1e9)), (1.0, 0.0, 0.0));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn bf16_rounds_like_half() {
+        for bits in (0..u32::MAX).step_by(65_521) {
+            let v = f32::from_bits(bits);
+            if !v.is_nan() {
+                assert_eq!(f32_to_bf16(v), half::bf16::from_f32(v).to_bits(), "{v}");
+            }
+        }
+        assert!(bf16_to_f32(f32_to_bf16(f32::NAN)).is_nan());
+    }
+}

@@ -1,0 +1,130 @@
+//! `linear`: y = x W^T (+ bias) (+ residual) with a frozen weight that is packed once, at load.
+//!
+//! candle's matmul computes the gradient of both operands, widens bf16 at each call and sums in an order that
+//! depends on the number of rows. This op has none of that: the weight is not a tensor of the graph at all.
+mod buffer;
+mod packed;
+mod tile;
+
+pub use packed::{Packed, Scratch};
+pub use tile::{Isa, Kind};
+
+use super::{Pool, f32_slice};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What the CPU ops of one model share: the threads, and memory that would otherwise be allocated at each call.
+pub struct Cpu {
+    /// The threads.
+    pub pool: Pool,
+    scratch: Mutex<Scratch>,
+}
+
+impl Cpu {
+    /// `threads` 0 means one a core.
+    pub fn new(threads: usize) -> Arc<Self> {
+        Arc::new(Cpu { pool: Pool::new(threads), scratch: Mutex::default() })
+    }
+}
+
+/// A frozen layer W `[n, k]` with an optional bias `[n]`. Cheap to clone.
+#[derive(Clone)]
+pub struct Linear {
+    weight: Arc<Packed>,
+    bias: Option<Arc<[f32]>>,
+    cpu: Arc<Cpu>,
+}
+
+impl Linear {
+    /// Packs rows that lie one tensor after the other (`q`, `k`, `v`; `gate`, `up`): each `[n_i, k]`, one dtype of f32,
+    /// bf16, f16. f16 is held as f32, which is exact. Each bias is `[n_i]` or missing (zeros, if another is there).
+    ///
+    /// # Errors
+    /// A shape that differs, or a dtype that is none of the three.
+    pub fn new(weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
+        let weight = Tensor::cat(weights, 0)?;
+        let (n, k) = weight.dims2()?;
+        let weight = match weight.dtype() {
+            DType::BF16 => Packed::bf16(&weight.flatten_all()?.to_vec1::<half::bf16>()?, n, k, Isa::Auto),
+            DType::F16 | DType::F32 => {
+                Packed::f32(&weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto)
+            }
+            other => bail!("linear: weights of type {other:?} are not supported"),
+        };
+        let mut bias = vec![0f32; n];
+        let mut row = 0;
+        for (w, b) in weights.iter().zip(biases) {
+            let rows = w.dim(0)?;
+            if let Some(b) = b {
+                let b = b.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                if b.len() != rows {
+                    bail!("linear: a bias of {} for {rows} rows", b.len());
+                }
+                bias[row..row + rows].copy_from_slice(&b);
+            }
+            row += rows;
+        }
+        let bias = biases.iter().any(Option::is_some).then(|| bias.into());
+        Ok(Linear { weight: Arc::new(weight), bias, cpu: cpu.clone() })
+    }
+
+    /// The packed weight: a tied embedding reads its rows.
+    pub fn weight(&self) -> &Arc<Packed> {
+        &self.weight
+    }
+
+    /// x `[m, k]` -> `[m, n]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.apply_op1(self.clone())
+    }
+
+    /// x `[m, k]`, residual `[m, n]` -> residual + x W^T + bias.
+    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        x.apply_op2(residual, self.clone())
+    }
+
+    fn run(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice(x, layout, "linear")?;
+        let (m, k) = layout.shape().dims2()?;
+        let n = self.weight.n();
+        if k != self.weight.k() {
+            bail!("linear: x is [{m}, {k}], the weight [{n}, {}]", self.weight.k());
+        }
+        let mut y = vec![0f32; m * n];
+        let mut scratch = self.cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        self.weight.forward(x, m, &mut y, &mut scratch, &self.cpu.pool);
+        if let Some(bias) = &self.bias {
+            y.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(&**bias).for_each(|(y, b)| *y += b));
+        }
+        if let Some(residual) = residual {
+            y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+        }
+        Ok((CpuStorage::F32(y), (m, n).into()))
+    }
+}
+
+impl CustomOp1 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run(x, layout, None)
+    }
+}
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear_add"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, r: &CpuStorage, rl: &Layout) -> Result<(CpuStorage, Shape)> {
+        if rl.shape().dims2()? != (xl.shape().dims2()?.0, self.weight.n()) {
+            bail!("linear_add: residual is {:?}, x {:?}, n {}", rl.shape(), xl.shape(), self.weight.n());
+        }
+        self.run(x, xl, Some(f32_slice(r, rl, "linear_add")?))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+//! `sample`: from one row of logits to a token, and log-probabilities of the model's own distribution.
+//!
+//! CPU reference. Order of the steps: penalties (by the caller, who knows the counts), temperature, top-k, top-p,
+//! min-p, one draw. Greedy takes the smallest id among equals, as `argmax` does.
+use super::float;
+
+/// The filters of one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Filter {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: usize,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+}
+
+/// log(sum(exp(logits))): `logits[i] - log_sum_exp` is the log-probability of i. NaN if a logit is.
+pub fn log_sum_exp(logits: &[f32]) -> f32 {
+    let mut sums = ([f32::NEG_INFINITY; 16], [0f32; 16]);
+    lanes(logits, &mut sums.0, &mut sums.1);
+    let max = sums.0.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    // Lanes share the maximum already, so their sums add up.
+    max + sums.1.iter().map(|s| f64::from(*s)).sum::<f64>().ln() as f32
+}
+
+simd! {
+    fn lanes(logits: &[f32], max: &mut [f32; 16], sum: &mut [f32; 16]) {
+        for chunk in logits.chunks(16) {
+            max.iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+        }
+        let top = max.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+        for chunk in logits.chunks(16) {
+            sum.iter_mut().zip(chunk).for_each(|(s, x)| *s += float::exp(x - top));
+        }
+    }
+}
+
+/// The largest logit's index, the first among equals.
+pub fn argmax(logits: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, x) in logits.iter().enumerate() {
+        if *x > logits[best] || (logits[best].is_nan() && !x.is_nan()) {
+            best = i;
+        }
+    }
+    best
+}
+
+/// The `n` largest as `(index, logit)`, best first, smaller indices first among equals.
+pub fn top_n(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+    if n == 0 {
+        return Vec::new();
+    }
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+    if n < all.len() {
+        all.select_nth_unstable_by(n - 1, order);
+        all.truncate(n);
+    }
+    all.sort_unstable_by(order);
+    all
+}
+
+/// Draws a token; `u` is uniform in [0, 1). `logits` have their penalties applied already.
+pub fn draw(logits: &[f32], filter: &Filter, u: f64) -> usize {
+    if filter.temperature <= 0.0 {
+        return argmax(logits);
+    }
+    let keep = if filter.top_k == 0 { logits.len() } else { filter.top_k.min(logits.len()) };
+    // Sorted, so that each filter is a cut, and so that the draw does not depend on how the sort breaks ties.
+    let candidates = top_n(logits, keep);
+    let Some(&(first, max)) = candidates.first() else { return 0 };
+    let weight = |x: f32| f64::from((x - max) / filter.temperature).exp();
+    let total: f64 = candidates.iter().map(|c| weight(c.1)).sum();
+    let mut kept = Vec::with_capacity(candidates.len().min(1024));
+    let mut mass = 0f64;
+    for &(id, x) in &candidates {
+        let p = weight(x);
+        // top_p keeps the token that crosses the line; min_p is relative to the best, whose weight is 1.
+        let enough = mass >= f64::from(filter.top_p) * total;
+        if !kept.is_empty() && (enough && filter.top_p < 1.0 || p < f64::from(filter.min_p)) {
+            break;
+        }
+        mass += p;
+        kept.push((id, p));
+    }
+    let mut left = u * mass;
+    for (id, p) in &kept {
+        left -= p;
+        if left < 0.0 {
+            return *id as usize;
+        }
+    }
+    kept.last().map_or(first, |(id, _)| *id) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPEN: Filter = Filter { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+
+    #[test]
+    fn log_sum_exp_agrees_with_f64() {
+        let x: Vec<f32> = (0..1003).map(|i| (i as f32 * 0.73).sin() * 20.0).collect();
+        let want = x.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
+        assert!((f64::from(log_sum_exp(&x)) - want).abs() < 3e-6);
+    }
+
+    #[test]
+    fn filters_cut_where_they_say() {
+        // probabilities 0.5, 0.25, 0.125, 0.125
+        let logits = [0.125f32.ln(), 0.5f32.ln(), 0.25f32.ln(), 0.125f32.ln()];
+        let seen = |f: Filter| {
+            let mut ids: Vec<usize> = (0..1000).map(|i| draw(&logits, &f, i as f64 / 1000.0)).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            ids
+        };
+        assert_eq!(seen(OPEN), [0, 1, 2, 3]);
+        assert_eq!(seen(Filter { temperature: 0.0, ..OPEN }), [1]);
+        assert_eq!(seen(Filter { top_k: 2, ..OPEN }), [1, 2]);
+        assert_eq!(seen(Filter { top_p: 0.5, ..OPEN }), [1]);
+        assert_eq!(seen(Filter { top_p: 0.51, ..OPEN }), [1, 2]);
+        assert_eq!(seen(Filter { min_p: 0.3, ..OPEN }), [1, 2]);
+        assert_eq!(seen(Filter { top_p: 1e-9, ..OPEN }), [1]);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let logits = [0.7f32.ln(), 0.2f32.ln(), 0.1f32.ln()];
+        let count = |id| (0..10_000).filter(|i| draw(&logits, &OPEN, *i as f64 / 1e4) == id).count();
+        assert!(count(0).abs_diff(7000) < 3 && count(1).abs_diff(2000) < 3);
+        // Half the temperature squares the odds: 49 : 4 : 1.
+        let cold = Filter { temperature: 0.5, ..OPEN };
+        let zeros = (0..10_000).filter(|i| draw(&logits, &cold, *i as f64 / 1e4) == 0).count();
+        assert!(zeros.abs_diff(9074) < 3, "{zeros}");
+    }
+
+    #[test]
+    fn ties_and_nan_are_settled() {
+        assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
+        assert_eq!(argmax(&[f32::NAN, 1.0]), 1);
+        assert_eq!(top_n(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
+    }
+}

@@ -1,0 +1,10 @@
+//! The only code that knows both sides: protobuf messages and our own types, our errors and gRPC's statuses.
+mod adapters;
+mod answers;
+mod requests;
+mod status;
+
+pub use adapters::{adapter, adapter_ref, status_of};
+pub use answers::{Vocabulary, finish_reason, timings, usage};
+pub use requests::{Prompt, Room, Target, choices, content, sampling, stopping, token_ids};
+pub use status::{code_name, from_wire, status};

@@ -1,0 +1,89 @@
+//! An upload: a header, then chunks of files, into a hidden folder of the store.
+//!
+//! Bounded in every direction: bytes of a message, of an adapter, uploads at once, and the wait for a client that
+//! says nothing. Nothing is locked while a client sends.
+use super::convert;
+use super::proto::{self, upload_adapter_request::Part};
+use crate::adapter::{Adapter, AdapterId, Staging};
+use crate::engine::loader::AdapterLoader;
+use crate::error::{Error, Kind, Result};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tonic::Streaming;
+
+/// Uploads in progress at once: each holds a few files open and a message in memory.
+const UPLOADS: usize = 16;
+
+/// A client that sends nothing for so long has stalled.
+const STALLED: Duration = Duration::from_secs(30);
+
+/// Takes uploads in. Cheap to clone.
+#[derive(Clone)]
+pub struct Uploads {
+    slots: Arc<Semaphore>,
+}
+
+impl Default for Uploads {
+    fn default() -> Self {
+        Uploads { slots: Arc::new(Semaphore::new(UPLOADS)) }
+    }
+}
+
+impl Uploads {
+    /// Reads an upload to its end and puts the adapter in service.
+    pub async fn take(
+        &self,
+        mut parts: Streaming<proto::UploadAdapterRequest>,
+        loader: &AdapterLoader,
+    ) -> Result<Arc<Adapter>> {
+        let _slot = self.slots.try_acquire().map_err(|_| {
+            Error::exhausted(format!("{UPLOADS} uploads are in progress"), Some(Duration::from_secs(1)))
+        })?;
+        let header = match next(&mut parts).await? {
+            Some(Part::Header(header)) => header,
+            _ => return Err(Error::invalid("part", "not a header", "the first message must hold `header`")),
+        };
+        let id = AdapterId::parse(&header.adapter_id)?;
+        // Once before the bytes travel; the naming itself is atomic.
+        if !header.replace && exists(loader, &id) {
+            let message = format!("adapter `{id}` exists; set `header.replace` to replace it");
+            return Err(Error::new(Kind::AlreadyExists, message));
+        }
+        let (store, folder) = (loader.store().clone(), id.clone());
+        let mut staging = blocking(move || store.stage(&folder)).await?;
+        while let Some(part) = next(&mut parts).await? {
+            let Part::Chunk(chunk) = part else {
+                return Err(Error::invalid("part", "a second header", "only `chunk` may follow the header"));
+            };
+            staging = append(staging, chunk).await?;
+        }
+        loader.publish(&id, staging, header.pinned).await
+    }
+}
+
+async fn append(mut staging: Staging, chunk: proto::FileChunk) -> Result<Staging> {
+    blocking(move || staging.append(&chunk.name, &chunk.data).map(|()| staging)).await
+}
+
+/// The next part; `None` at the end of the stream.
+async fn next(parts: &mut Streaming<proto::UploadAdapterRequest>) -> Result<Option<Part>> {
+    let Ok(message) = tokio::time::timeout(STALLED, parts.message()).await else {
+        let seconds = STALLED.as_secs();
+        return Err(Error::new(Kind::DeadlineExceeded, format!("the upload stalled: nothing came for {seconds} s")));
+    };
+    match message.map_err(|status| convert::from_wire(&status))? {
+        None => Ok(None),
+        Some(proto::UploadAdapterRequest { part: Some(part) }) => Ok(Some(part)),
+        Some(_) => Err(Error::invalid("part", "missing", "give `header` or `chunk`")),
+    }
+}
+
+fn exists(loader: &AdapterLoader, id: &AdapterId) -> bool {
+    loader.store().contains(id) || loader.registry().resolve(id).is_ok()
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|e| Err(Error::internal(format!("upload: {e}"))))
+}

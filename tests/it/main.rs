@@ -1,0 +1,14 @@
+//! All integration tests in one binary: what we did not write judges what we did.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod api;
+mod bad_input;
+mod candle_peer;
+mod drain;
+mod hot_load;
+mod invariance;
+mod layers;
+mod oracle;
+mod served;
+mod stories;
+mod support;

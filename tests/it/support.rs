@@ -1,0 +1,159 @@
+//! Models, prefixes and requests for the tests.
+use candle_core::Tensor;
+use prefixd::adapter::{Prefix, PrefixRow};
+use prefixd::config::{DtypeChoice, EngineConfig};
+use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
+use prefixd::engine::{Engine, EngineHandle};
+use prefixd::kv::{KvPool, PageId, pages_for};
+use prefixd::model::batch::{Batch, Rows};
+use prefixd::model::{LoadOptions, Model, source};
+use prefixd::ops::embed::RowSource;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The folder of oracle data, or `None` with the reason printed.
+pub fn data(part: &str) -> Option<PathBuf> {
+    let root = std::env::var("PREFIXD_TEST_DATA").unwrap_or_else(|_| "../shared/data".into());
+    let dir = Path::new(&root).join(part);
+    if !dir.is_dir() {
+        println!("skipped: {} is absent (set PREFIXD_TEST_DATA)", dir.display());
+        return None;
+    }
+    Some(dir)
+}
+
+pub fn load(name: &str, dtype: DtypeChoice) -> Model {
+    let options = LoadOptions { dtype, threads: 2, ..LoadOptions::default() };
+    Model::load(&source::resolve(name).unwrap(), options).unwrap()
+}
+
+/// The shipped model.
+pub fn embedded() -> Model {
+    load("embedded", DtypeChoice::Auto)
+}
+
+/// All logits of one sequence, run by itself: those of the prefix's input rows, then those of `tokens`.
+pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let prefix_len = prefix.map_or(0, Prefix::len);
+    let prefix_pages: Vec<PageId> = (0..pages_for(prefix_len) as u32).map(PageId).collect();
+    let first = prefix_pages.len() as u32;
+    let own_pages: Vec<PageId> = (first..first + pages_for(tokens.len()) as u32).map(PageId).collect();
+    let kv = model.kv_pool(prefix_pages.len() + own_pages.len()).unwrap();
+    let mut out = Vec::new();
+    if let Some(prefix) = prefix {
+        write_stored(prefix, &prefix_pages, &kv, model.info().num_layers);
+        let row = |r: &PrefixRow| match r {
+            PrefixRow::Token(id) => RowSource::Token(*id),
+            PrefixRow::Soft(i) => RowSource::Soft(*i),
+        };
+        let inputs: Vec<RowSource> = prefix.rows.iter().map(row).collect();
+        let rows = Rows {
+            inputs: &inputs,
+            soft: &prefix.soft,
+            first: prefix.kv_len(),
+            prefix_len: 0,
+            prefix_pages: &[],
+            own_pages: &prefix_pages,
+            scored: 0..inputs.len(),
+            sampled: false,
+        };
+        if !inputs.is_empty() {
+            out.extend(run(model, &rows, &kv));
+        }
+    }
+    let inputs: Vec<RowSource> = tokens.iter().map(|id| RowSource::Token(*id)).collect();
+    let rows = Rows {
+        inputs: &inputs,
+        soft: &[],
+        first: 0,
+        prefix_len,
+        prefix_pages: &prefix_pages,
+        own_pages: &own_pages,
+        scored: 0..inputs.len(),
+        sampled: false,
+    };
+    out.extend(run(model, &rows, &kv));
+    out
+}
+
+fn run(model: &Model, rows: &Rows<'_>, kv: &KvPool) -> Vec<Vec<f32>> {
+    let mut batch = Batch::default();
+    batch.push(rows, model.info().hidden_size);
+    let hidden = model.forward(&batch, kv).unwrap().unwrap();
+    model.logits(&hidden).unwrap().to_vec2().unwrap()
+}
+
+fn write_stored(prefix: &Prefix, pages: &[PageId], kv: &KvPool, layers: usize) {
+    let Some(rows) = &prefix.kv else { return };
+    let layout = kv.layout();
+    let width = 2 * layout.kv_heads * layout.head_dim;
+    let slots: Arc<[u32]> = (0..rows.len as u32).map(|i| pages[i as usize / 16].0 * 16 + i % 16).collect();
+    for layer in 0..layers {
+        let row = |t: usize| rows.data[(t * layers + layer) * width..][..width].to_vec();
+        let data: Vec<f32> = (0..rows.len).flat_map(row).collect();
+        let data = Tensor::from_vec(data, (rows.len, width), &candle_core::Device::Cpu).unwrap();
+        kv.write(layer, &data, &slots, 0).unwrap();
+    }
+}
+
+/// A request with the defaults of a test.
+pub fn request(prefix: Option<Arc<Prefix>>, tokens: &[u32], max_new_tokens: usize) -> Request {
+    Request {
+        id: "test".into(),
+        tenant: prefix.as_ref().map_or(String::new(), |p| p.digest.to_string()).into(),
+        prefix,
+        tokens: tokens.to_vec(),
+        sampling: Sampling::default(),
+        stopping: Stopping { max_new_tokens, ignore_eos: true, ..Stopping::default() },
+        score_from: None,
+        top_logprobs: 0,
+        deadline: None,
+        arrival: Instant::now(),
+    }
+}
+
+/// Everything that came back for one request.
+#[derive(Debug)]
+pub struct Answer {
+    pub tokens: Vec<TokenLogprob>,
+    pub scored: Vec<TokenLogprob>,
+    pub text: String,
+    pub finish: Finish,
+}
+
+impl Answer {
+    /// Ids and the bits of their log-probabilities, scores first.
+    pub fn bits(&self) -> Vec<(u32, u32)> {
+        self.scored.iter().chain(&self.tokens).map(|t| (t.id, t.logprob.to_bits())).collect()
+    }
+}
+
+/// Submits all at once and waits for all.
+pub fn ask_all(engine: &EngineHandle, requests: Vec<Request>) -> Vec<Answer> {
+    let receivers: Vec<_> = requests.into_iter().map(|r| engine.submit(r).unwrap()).collect();
+    receivers.into_iter().map(collect).collect()
+}
+
+pub fn collect(mut events: tokio::sync::mpsc::Receiver<Event>) -> Answer {
+    let (mut tokens, mut scored, mut text) = (Vec::new(), Vec::new(), String::new());
+    loop {
+        match events.blocking_recv().expect("the engine ends every request") {
+            Event::Scored(s) => scored = s,
+            Event::Token { token, text: piece } => {
+                tokens.push(token);
+                text += &piece;
+            }
+            Event::Finished(finish) => {
+                text += &finish.text;
+                return Answer { tokens, scored, text, finish };
+            }
+            Event::Failed(e) => panic!("{e}"),
+        }
+    }
+}
+
+/// An engine with a pool of `kv_tokens`.
+pub fn engine(model: Model, kv_tokens: usize) -> Engine {
+    Engine::start(model, &EngineConfig { kv_tokens, ..EngineConfig::default() }).unwrap()
+}
