@@ -1,9 +1,12 @@
-//! Compiles `proto/` with protox: no protoc to install.
+//! Compiles `proto/` with protox: no protoc to install. Watches the folders that become part of the executable.
 use prost::Message;
 use std::{env, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
+    // Folders that `include_dir!` puts into the executable: it cannot tell cargo of them itself.
+    println!("cargo:rerun-if-changed=adapters");
+    println!("cargo:rerun-if-changed=models/demo/hot-load");
     let files = ["inference.proto", "adapters.proto", "server.proto"].map(|f| format!("prefixd/v1/{f}"));
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

@@ -126,7 +126,7 @@ pub struct EngineConfig {
     pub max_queue_per_adapter: usize,
     /// Tokens that the KV pool holds; 0: as many as fit `kv_memory_mib`.
     pub kv_tokens: usize,
-    /// Memory of the KV pool in MiB, when `kv_tokens` is 0.
+    /// Memory of the KV pool in MiB, when `kv_tokens` is 0; 0: 65,536 tokens, at most a quarter of the memory available.
     pub kv_memory_mib: usize,
     /// Longest sequence; 0: the model's own.
     pub max_model_len: usize,
@@ -144,7 +144,7 @@ impl Default for EngineConfig {
             max_queue: 4096,
             max_queue_per_adapter: 2048,
             kv_tokens: 0,
-            kv_memory_mib: 256,
+            kv_memory_mib: 0,
             max_model_len: 0,
             threads: 0,
             prefix_caching: true,
@@ -219,9 +219,6 @@ impl Config {
         at_least("engine.max_sequences", e.max_sequences, 1)?;
         at_least("engine.max_queue", e.max_queue, 1)?;
         at_least("engine.max_queue_per_adapter", e.max_queue_per_adapter, 1)?;
-        if e.kv_tokens == 0 {
-            at_least("engine.kv_memory_mib", e.kv_memory_mib, 1)?;
-        }
         if e.max_batch_tokens < e.max_sequences {
             let rule = format!("must be at least engine.max_sequences ({})", e.max_sequences);
             return Err(Error::invalid("engine.max_batch_tokens", e.max_batch_tokens, rule));

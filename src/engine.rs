@@ -2,6 +2,7 @@
 //!
 //! A step is four calls: schedule, build the ragged batch, run the model, sample. `scheduler` holds no tensor.
 mod batcher;
+mod capacity;
 mod fair_queue;
 pub mod loader;
 pub mod request;

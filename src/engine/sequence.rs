@@ -118,7 +118,7 @@ impl Sequence {
         let ends = eos.contains(&id) && !stopping.ignore_eos;
         // The end token has no text of its own.
         let piece = if ends { String::new() } else { self.detokenizer.push(tokenizer, id)? };
-        let matched = self.stop.push(&piece, self.usage.generated > stopping.min_new_tokens);
+        let matched = self.stop.push(&piece, self.usage.generated >= stopping.min_new_tokens);
         self.send(Event::Token { token, text: matched.text });
         Ok(match matched.stop {
             Some(stop) => Some((FinishReason::StopSequence, Some(stop))),

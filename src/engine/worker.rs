@@ -1,6 +1,7 @@
 //! The engine thread: owns the model, the pool and every sequence.
 use super::Stats;
 use super::batcher::LogitUse;
+use super::capacity;
 use super::request::{Event, FinishReason, Request};
 use super::runner::Runner;
 use super::sampler;
@@ -112,17 +113,8 @@ impl Worker {
     /// `InvalidArgument` when the pool would not hold one page.
     pub fn new(model: Model, config: &EngineConfig, inbox: mpsc::Receiver<Command>) -> Result<Self> {
         let info = model.info();
-        let pages = match config.kv_tokens {
-            0 => (config.kv_memory_mib << 20) / model.page_bytes(),
-            tokens => pages_for(tokens),
-        };
+        let pages = capacity::pages(config, model.page_bytes())?;
         let (max_model_len, vocab_size) = (info.max_model_len, info.vocab_size);
-        // A page is counted by a u32 slot.
-        let pages = pages.min(u32::MAX as usize / PAGE_TOKENS);
-        if pages == 0 {
-            let rule = format!("one page of {PAGE_TOKENS} tokens takes {} bytes", model.page_bytes());
-            return Err(Error::invalid("engine.kv_memory_mib", config.kv_memory_mib, rule));
-        }
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             stats: Mutex::default(),

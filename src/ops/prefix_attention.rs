@@ -4,7 +4,7 @@
 //! o = sum_j softmax_j(q . k_j * scale) v_j over the P prefix slots and own slots 0..=t.
 //!
 //! # Fixed splits
-//! The keys of a sequence are cut at the prefix's end and at every [`SPAN`] slots of either part. Each span
+//! The keys of a sequence are cut at the prefix's end and at every 256 slots of either part. Each span
 //! gives (m, l, o) = (max score, sum of exp(s - m), sum of exp(s - m) v), and spans merge in order by
 //! log-sum-exp: m' = max(m_a, m_b), w = exp(m - m'), l' = sum w l, o' = sum w o; an empty side (m = -inf) is
 //! skipped. Keys come from the pool also for rows of the same chunk. So a row's bits depend neither on
@@ -52,9 +52,9 @@ pub struct SequenceView {
     pub first: usize,
     /// Slots of the prefix.
     pub prefix_len: usize,
-    /// Pages of the prefix within [`Plan::pages`].
+    /// Pages of the prefix within the plan's list.
     pub prefix_pages: Range<usize>,
-    /// Own pages within [`Plan::pages`].
+    /// Own pages within the plan's list.
     pub own_pages: Range<usize>,
 }
 

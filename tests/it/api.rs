@@ -96,6 +96,23 @@ async fn a_stream_is_the_unary_answer_in_pieces() {
     assert!(whole.choices.iter().any(|c| !c.text.is_ascii()), "nothing to split: {whole:?}");
 }
 
+/// Neither a stop sequence nor an end token ends an answer before `min_new_tokens`.
+#[tokio::test(flavor = "multi_thread")]
+async fn min_new_tokens_holds_off_every_end() {
+    let served = Served::start(EngineConfig::default()).await;
+    let mut client = served.inference().await;
+    let mut request = prompt("sentiment", "the soup at Zazan was tasty");
+    request.output = Some(proto::Output { token_ids: true, ..Default::default() });
+    let short = client.generate(request.clone()).await.unwrap().into_inner().choices.remove(0);
+    let min = short.token_ids.len() as u32 + 6;
+    request.stopping =
+        Some(proto::Stopping { min_new_tokens: Some(min), max_new_tokens: Some(40), ..Default::default() });
+    let long = client.generate(request).await.unwrap().into_inner().choices.remove(0);
+    assert!(long.token_ids.len() as u32 >= min, "{long:?}");
+    assert_eq!(long.token_ids[..short.token_ids.len()], short.token_ids);
+    assert!(long.text.starts_with(&short.text) && long.text.contains('\n'), "{long:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn scores_add_up_to_what_generation_says_and_classify_ranks_by_them() {
     let served = Served::start(EngineConfig::default()).await;
