@@ -2,7 +2,8 @@
 //!
 //! Whatever the kind (text prefix, prompt tuning, P-tuning, prefix-tuning), an adapter becomes one
 //! [`Prefix`]: rows of K and V that every request of the task attends to, given either as stored rows
-//! ([`KvRows`]) or as input rows that the frozen model runs once ([`PrefixRow`]).
+//! ([`KvRows`]) or as input rows that the frozen model runs once ([`InputRow`]).
+mod head;
 mod peft;
 pub mod registry;
 pub mod store;
@@ -10,9 +11,11 @@ mod task;
 pub mod watch;
 
 use crate::error::{Error, Result};
+use crate::ops::linear::Cpu;
 use std::fmt;
 use std::sync::Arc;
 
+pub use head::Head;
 pub use peft::{Loaded, load as load_folder};
 pub use registry::{Registry, State, Status, Ticket};
 pub use store::{Staging, Store};
@@ -90,6 +93,10 @@ pub struct BaseShape {
     pub hidden_size: usize,
     /// Tokens in the longest sequence, prefix included.
     pub max_model_len: usize,
+    /// Every token sees every other, and the answer is a class: virtual tokens cannot be a prefix.
+    pub encoder: bool,
+    /// What classification heads run on.
+    pub cpu: Arc<Cpu>,
 }
 
 /// The adapter method, by the names of PEFT's `peft_type`; `Text` has no weights.
@@ -125,13 +132,31 @@ pub struct KvRows {
     pub data: Arc<[f32]>,
 }
 
-/// One input row that the model runs when the prefix is compiled.
+/// One input row of a prefix or of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PrefixRow {
+pub enum InputRow {
     /// A token of the vocabulary.
     Token(u32),
-    /// Row `i` of [`Prefix::soft`].
+    /// Row `i` of the virtual token embeddings beside it ([`Prefix::soft`], [`SoftPrompt::rows`]).
     Soft(u32),
+}
+
+/// Virtual tokens that stand among a request's own rows: in the middle or at the end of a template, or before the
+/// text of an encoder, which lets them see it. They cannot be a prefix.
+#[derive(Clone)]
+pub struct SoftPrompt {
+    /// Of `rows`: cached blocks that hold virtual tokens are keyed by it.
+    pub digest: Digest,
+    /// `[len, hidden_size]`
+    pub rows: Arc<[f32]>,
+    /// Virtual tokens.
+    pub len: usize,
+}
+
+impl fmt::Debug for SoftPrompt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SoftPrompt({}, {} rows)", self.digest, self.len)
+    }
 }
 
 /// What every request of the task attends to: `kv` rows first, then `rows`, at positions `0..len()`.
@@ -143,14 +168,14 @@ pub struct Prefix {
     /// Stored K and V (prefix-tuning).
     pub kv: Option<KvRows>,
     /// Rows to run through the model: virtual tokens, prefix text.
-    pub rows: Vec<PrefixRow>,
+    pub rows: Vec<InputRow>,
     /// `[num_soft, hidden_size]` virtual token embeddings that `rows` points into.
     pub soft: Arc<[f32]>,
 }
 
 impl Prefix {
     /// Builds a prefix and its digest; `None` if there is not one row in it.
-    pub fn new(kv: Option<KvRows>, rows: Vec<PrefixRow>, soft: Arc<[f32]>) -> Option<Self> {
+    pub fn new(kv: Option<KvRows>, rows: Vec<InputRow>, soft: Arc<[f32]>) -> Option<Self> {
         let kv = kv.filter(|kv| kv.len > 0);
         if kv.is_none() && rows.is_empty() {
             return None;
@@ -169,8 +194,8 @@ impl Prefix {
         floats(b"soft", &soft);
         for row in &rows {
             match row {
-                PrefixRow::Token(id) => h.update(b"t").update(&id.to_le_bytes()),
-                PrefixRow::Soft(i) => h.update(b"s").update(&i.to_le_bytes()),
+                InputRow::Token(id) => h.update(b"t").update(&id.to_le_bytes()),
+                InputRow::Soft(i) => h.update(b"s").update(&i.to_le_bytes()),
             };
         }
         Some(Prefix { digest: Digest(*h.finalize().as_bytes()), kv, rows, soft })

@@ -145,6 +145,8 @@ impl Model {
             head_dim: self.info.head_dim,
             hidden_size: self.info.hidden_size,
             max_model_len: self.info.max_model_len,
+            encoder: false,
+            cpu: self.decoder.cpu().clone(),
         }
     }
 

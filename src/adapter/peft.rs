@@ -6,7 +6,7 @@
 mod config;
 mod weights;
 
-use super::{BaseShape, KvRows, Method, Prefix, PrefixRow, TaskCard};
+use super::{BaseShape, InputRow, KvRows, Method, Prefix, TaskCard};
 use crate::error::{Context, Error, Kind, Result};
 use crate::tokenizer::Tokenizer;
 use config::PeftConfig;
@@ -95,14 +95,14 @@ fn with_weights(
     let mut text_rows = Vec::new();
     if card.has_prefix_text() {
         let prefix = card.prefix.as_deref().unwrap_or("");
-        text_rows.extend(tokenizer.encode(prefix, false)?.into_iter().map(PrefixRow::Token));
+        text_rows.extend(tokenizer.encode(prefix, false)?.into_iter().map(InputRow::Token));
         control_rows(&card, tokenizer, &mut text_rows)?;
     }
     check_length(n, text_rows.len(), shape)?;
     let prefix = if method == Method::PrefixTuning {
         Prefix::new(Some(KvRows { len: n, data: prompt.into() }), text_rows, Arc::new([]))
     } else {
-        let soft = (0..n as u32).map(PrefixRow::Soft);
+        let soft = (0..n as u32).map(InputRow::Soft);
         Prefix::new(None, soft.chain(text_rows).collect(), prompt.into())
     };
     Ok(Loaded { method, num_virtual_tokens: n, card, prefix: prefix.map(Arc::new) })
@@ -112,7 +112,7 @@ fn text_only(card: TaskCard, shape: &BaseShape, tokenizer: &Tokenizer) -> Result
     let mut rows = Vec::new();
     if card.has_prefix_text() {
         let prefix = card.prefix.as_deref().unwrap_or("");
-        rows.extend(tokenizer.encode(prefix, true)?.into_iter().map(PrefixRow::Token));
+        rows.extend(tokenizer.encode(prefix, true)?.into_iter().map(InputRow::Token));
         control_rows(&card, tokenizer, &mut rows)?;
     }
     check_length(0, rows.len(), shape)?;
@@ -120,7 +120,7 @@ fn text_only(card: TaskCard, shape: &BaseShape, tokenizer: &Tokenizer) -> Result
     Ok(Loaded { method: Method::Text, num_virtual_tokens: 0, card, prefix })
 }
 
-fn control_rows(card: &TaskCard, tokenizer: &Tokenizer, rows: &mut Vec<PrefixRow>) -> Result<()> {
+fn control_rows(card: &TaskCard, tokenizer: &Tokenizer, rows: &mut Vec<InputRow>) -> Result<()> {
     for (i, token) in card.control_tokens.iter().enumerate() {
         let id = tokenizer.token_to_id(token).ok_or_else(|| {
             let n = tokenizer.encode(token, false).map_or(0, |ids| ids.len());
@@ -129,7 +129,7 @@ fn control_rows(card: &TaskCard, tokenizer: &Tokenizer, rows: &mut Vec<PrefixRow
                  (as text it takes {n})"
             ))
         })?;
-        rows.push(PrefixRow::Token(id));
+        rows.push(InputRow::Token(id));
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! From a planned step to a ragged batch: which rows, from where, and whose logits are for what.
 use super::scheduler::{Scheduler, SequenceId, Step};
-use crate::adapter::PrefixRow;
+use crate::adapter::InputRow;
 use crate::model::batch::{Batch, Rows};
 use crate::ops::embed::RowSource;
 
@@ -24,14 +24,14 @@ pub fn build(step: &Step, scheduler: &Scheduler, hidden: usize) -> (Batch, Vec<L
         let rows = &prefix.rows[chunk.rows.start - stored..chunk.rows.end - stored];
         let (mut first_soft, mut end_soft) = (u32::MAX, 0);
         for row in rows {
-            if let PrefixRow::Soft(i) = row {
+            if let InputRow::Soft(i) = row {
                 (first_soft, end_soft) = (first_soft.min(*i), end_soft.max(i + 1));
             }
         }
         let first_soft = first_soft.min(end_soft);
         inputs.extend(rows.iter().map(|row| match row {
-            PrefixRow::Token(id) => RowSource::Token(*id),
-            PrefixRow::Soft(i) => RowSource::Soft(i - first_soft),
+            InputRow::Token(id) => RowSource::Token(*id),
+            InputRow::Soft(i) => RowSource::Soft(i - first_soft),
         }));
         // A prefix at work is a sequence without a prefix: its positions are its own.
         batch.push(

@@ -73,6 +73,11 @@ impl Decoder {
         })
     }
 
+    /// The threads that it runs on.
+    pub fn cpu(&self) -> &Arc<Cpu> {
+        &self.cpu
+    }
+
     /// Shape of the K and V rows of a layer.
     pub fn kv_layout(&self) -> KvLayout {
         KvLayout { kv_heads: self.config.num_kv_heads, head_dim: self.config.head_dim }

@@ -27,6 +27,12 @@ impl Cpu {
     }
 }
 
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cpu({} threads)", self.pool.threads())
+    }
+}
+
 /// A frozen layer W `[n, k]` with an optional bias `[n]`. Cheap to clone.
 #[derive(Clone)]
 pub struct Linear {

@@ -1,7 +1,7 @@
 //! A request's result does not depend on what shares its batch: the same tokens and, on the CPU, the same bits, over
 //! random mixes of adapters, lengths, sampling settings, chunk sizes, preemptions and cache hits.
 use crate::support::{Answer, ask_all, embedded, request};
-use prefixd::adapter::{KvRows, Prefix, PrefixRow};
+use prefixd::adapter::{InputRow, KvRows, Prefix};
 use prefixd::config::EngineConfig;
 use prefixd::engine::Engine;
 use prefixd::engine::request::{Request, Sampling};
@@ -16,8 +16,8 @@ fn prefixes(model: &Model) -> Vec<Option<Arc<Prefix>>> {
     let noise = |n: usize| -> Arc<[f32]> { (0..n).map(|i| ((i * 7919 % 1009) as f32 / 1009.0 - 0.5) * 0.8).collect() };
     let stored =
         |len: usize| KvRows { len, data: noise(len * 2 * info.num_layers * info.num_kv_heads * info.head_dim) };
-    let text = |n: u32| (0..n).map(|i| PrefixRow::Token(5 + i * 3)).collect::<Vec<_>>();
-    let soft = |n: u32| (0..n).map(PrefixRow::Soft).collect::<Vec<_>>();
+    let text = |n: u32| (0..n).map(|i| InputRow::Token(5 + i * 3)).collect::<Vec<_>>();
+    let soft = |n: u32| (0..n).map(InputRow::Soft).collect::<Vec<_>>();
     let new = |kv, rows, soft| Some(Arc::new(Prefix::new(kv, rows, soft).unwrap()));
     let none: Arc<[f32]> = Vec::new().into();
     vec![

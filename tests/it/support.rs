@@ -1,6 +1,6 @@
 //! Models, prefixes and requests for the tests.
 use candle_core::Tensor;
-use prefixd::adapter::{Prefix, PrefixRow};
+use prefixd::adapter::{InputRow, Prefix};
 use prefixd::config::{DtypeChoice, EngineConfig};
 use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
 use prefixd::engine::{Engine, EngineHandle};
@@ -43,9 +43,9 @@ pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec
     let mut out = Vec::new();
     if let Some(prefix) = prefix {
         write_stored(prefix, &prefix_pages, &kv, model.info().num_layers);
-        let row = |r: &PrefixRow| match r {
-            PrefixRow::Token(id) => RowSource::Token(*id),
-            PrefixRow::Soft(i) => RowSource::Soft(*i),
+        let row = |r: &InputRow| match r {
+            InputRow::Token(id) => RowSource::Token(*id),
+            InputRow::Soft(i) => RowSource::Soft(*i),
         };
         let inputs: Vec<RowSource> = prefix.rows.iter().map(row).collect();
         let rows = Rows {

@@ -1,12 +1,22 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::ops::linear::Cpu;
 use safetensors::{Dtype, tensor::TensorView};
 use std::fs;
 use std::path::PathBuf;
 
 /// 2 layers, 2 KV heads of 4: a KV row has 32 columns, a soft row 8.
 fn shape() -> BaseShape {
-    BaseShape { name: "tiny".into(), num_layers: 2, num_kv_heads: 2, head_dim: 4, hidden_size: 8, max_model_len: 16 }
+    BaseShape {
+        name: "tiny".into(),
+        num_layers: 2,
+        num_kv_heads: 2,
+        head_dim: 4,
+        hidden_size: 8,
+        max_model_len: 16,
+        encoder: false,
+        cpu: Cpu::new(1),
+    }
 }
 
 /// Words by white space; `<s>` is put in front as the special token.
@@ -83,8 +93,8 @@ fn counting(n: usize) -> Vec<f32> {
     (0..n).map(|i| i as f32).collect()
 }
 
-fn tokens(ids: &[u32]) -> Vec<PrefixRow> {
-    ids.iter().map(|&id| PrefixRow::Token(id)).collect()
+fn tokens(ids: &[u32]) -> Vec<InputRow> {
+    ids.iter().map(|&id| InputRow::Token(id)).collect()
 }
 
 #[test]
@@ -93,7 +103,7 @@ fn soft_prompts_become_input_rows() {
         let loaded = Folder::new().config(name, 3).prompt(3, 8).load().unwrap();
         let prefix = loaded.prefix.unwrap();
         assert_eq!((loaded.method, loaded.num_virtual_tokens, prefix.len()), (method, 3, 3));
-        assert_eq!(prefix.rows, [0, 1, 2].map(PrefixRow::Soft));
+        assert_eq!(prefix.rows, [0, 1, 2].map(InputRow::Soft));
         assert_eq!(&prefix.soft[..], counting(24));
     }
 }
@@ -143,7 +153,7 @@ fn card_text_follows_virtual_tokens_and_alone_starts_with_bos() {
     let card = "prefix = 'good review'\ncontrol_tokens = ['<json>']";
     let soft = Folder::new().config("PROMPT_TUNING", 1).prompt(1, 8).file(CARD_FILE, card).load().unwrap();
     let rows = &soft.prefix.unwrap().rows;
-    assert_eq!((rows[0], &rows[1..]), (PrefixRow::Soft(0), &tokens(&[2, 5, 4])[..]));
+    assert_eq!((rows[0], &rows[1..]), (InputRow::Soft(0), &tokens(&[2, 5, 4])[..]));
     let kv = Folder::new().config("PREFIX_TUNING", 1).prompt(1, 32).file(CARD_FILE, card).load().unwrap();
     let kv = kv.prefix.unwrap();
     assert_eq!((kv.kv_len(), &kv.rows), (1, &tokens(&[2, 5, 4])));
@@ -306,6 +316,8 @@ fn adapters_saved_by_peft_load() {
         head_dim: number("head_dim"),
         hidden_size: number("hidden_size"),
         max_model_len: number("max_position_embeddings"),
+        encoder: false,
+        cpu: Cpu::new(1),
     };
     let tokenizer = Tokenizer::from_bytes(&fs::read(data.join("tokenizer.json")).unwrap()).unwrap();
     let mut count = 0;

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
-use crate::adapter::{Method, Prefix, PrefixRow, TaskCard};
+use crate::adapter::{InputRow, Method, Prefix, TaskCard};
 use crate::error::Kind;
 
 fn id(text: &str) -> AdapterId {
@@ -14,7 +14,7 @@ fn adapter(ticket: &Ticket) -> Adapter {
         method: Method::Text,
         num_virtual_tokens: 0,
         card: TaskCard::parse("description = 'd'").unwrap(),
-        prefix: Prefix::new(None, vec![PrefixRow::Token(1), PrefixRow::Token(2)], Arc::new([])).map(Arc::new),
+        prefix: Prefix::new(None, vec![InputRow::Token(1), InputRow::Token(2)], Arc::new([])).map(Arc::new),
     }
 }
 

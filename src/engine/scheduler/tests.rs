@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 //! Simulations: a step "runs" by being completed, sampled tokens are made up. No model, no tensor.
 use super::*;
-use crate::adapter::{KvRows, PrefixRow};
+use crate::adapter::{InputRow, KvRows};
 use crate::kv::PageId;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -20,7 +20,7 @@ fn config(pages: usize) -> SchedulerConfig {
 /// `tag` makes the content: equal tags are equal prefixes.
 fn prefix(tag: u32, stored: usize, rows: usize) -> Arc<Prefix> {
     let kv = KvRows { len: stored, data: vec![tag as f32; stored].into() };
-    let rows = (0..rows as u32).map(|i| PrefixRow::Token(tag * 1000 + i)).collect();
+    let rows = (0..rows as u32).map(|i| InputRow::Token(tag * 1000 + i)).collect();
     Arc::new(Prefix::new(Some(kv), rows, Vec::new().into()).unwrap())
 }
 
