@@ -45,7 +45,7 @@ fn decode_step(c: &mut Criterion) {
                     prefix_len: 20,
                     prefix_pages: &run(s % 8 * prefix_pages, prefix_pages),
                     own_pages: &run(8 * prefix_pages + s * own_pages, own_pages),
-                    scored: 0..0,
+                    wanted: 0..0,
                     sampled: true,
                 },
                 hidden,

@@ -2,25 +2,29 @@
 pub mod batch;
 pub mod config;
 mod decoder;
+mod layer;
 pub mod source;
 mod weights;
 
-use crate::adapter::BaseShape;
+use crate::adapter::{BaseShape, Head};
 use crate::config::{Device, DtypeChoice};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kv::KvPool;
-use crate::ops::linear::Cpu;
+use crate::ops::linear::{Cpu, Linear};
 use crate::tokenizer::Tokenizer;
 use batch::Batch;
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
 use decoder::Decoder;
 use source::ModelFiles;
+use std::sync::Arc;
 use weights::Checkpoint;
 
 /// Weights, tokenizer and facts of the base.
 pub struct Model {
     decoder: Decoder,
+    /// The classification head that the base came with.
+    head: Option<Arc<Head>>,
     tokenizer: Tokenizer,
     info: ModelInfo,
     eos_token_ids: Vec<u32>,
@@ -42,6 +46,10 @@ pub struct ModelInfo {
     pub vocab_size: usize,
     /// Tokens in the longest sequence, prefix included.
     pub max_model_len: usize,
+    /// It classifies and generates nothing.
+    pub encoder: bool,
+    /// Classes of the base's own head, if it came with one.
+    pub labels: Vec<String>,
     /// Type of the weights in the checkpoint or as asked for.
     pub dtype: &'static str,
     /// `cpu`.
@@ -79,10 +87,10 @@ impl Model {
         let config = ModelConfig::parse(&files.config)?;
         let tokenizer = Tokenizer::from_bytes(&files.tokenizer)?;
         let max_model_len = match options.max_model_len {
-            0 => config.max_position_embeddings,
-            n if n <= config.max_position_embeddings => n,
+            0 => config.default_positions,
+            n if n <= config.max_positions => n,
             n => {
-                let rule = format!("the model has {} positions", config.max_position_embeddings);
+                let rule = format!("the model has {} positions", config.max_positions);
                 return Err(Error::invalid("engine.max_model_len", n, rule));
             }
         };
@@ -102,23 +110,27 @@ impl Model {
             }
         };
         let mut checkpoint = Checkpoint::open(&files.weights, dtype)?;
-        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, &Cpu::new(options.threads))?;
+        let cpu = Cpu::new(options.threads);
+        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, &cpu)?;
+        let head = classifier(&mut checkpoint, &config, &cpu)?;
         let info = ModelInfo {
             name: files.name.clone(),
             family: config.family.name,
             num_parameters: checkpoint.parameters(),
-            num_layers: config.num_layers,
+            num_layers: config.num_layers(),
             hidden_size: config.hidden_size,
             num_attention_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             vocab_size: config.vocab_size,
             max_model_len,
+            encoder: config.family.encoder,
+            labels: head.as_ref().map_or(Vec::new(), |h| labels(&config, h.labels())),
             dtype: checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
             device: "cpu".into(),
         };
         checkpoint.finish()?;
-        Ok(Model { decoder, tokenizer, info, eos_token_ids })
+        Ok(Model { decoder, head: head.map(Arc::new), tokenizer, info, eos_token_ids })
     }
 
     /// Its facts.
@@ -145,7 +157,7 @@ impl Model {
             head_dim: self.info.head_dim,
             hidden_size: self.info.hidden_size,
             max_model_len: self.info.max_model_len,
-            encoder: false,
+            encoder: self.info.encoder,
             cpu: self.decoder.cpu().clone(),
         }
     }
@@ -166,7 +178,42 @@ impl Model {
     }
 
     /// Hidden rows `[n, hidden]` -> logits `[n, vocab]`.
+    ///
+    /// # Errors
+    /// `Internal` for an encoder.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.decoder.logits(hidden)
     }
+
+    /// Pooled hidden rows `[n, hidden]` -> logits of the classes `[n, labels]`.
+    pub fn classify(&self, hidden: &Tensor, head: &Head) -> Result<Tensor> {
+        Ok(head.forward(&self.decoder.pool(hidden)?)?)
+    }
+
+    /// The classification head that the base came with.
+    pub fn head(&self) -> Option<&Arc<Head>> {
+        self.head.as_ref()
+    }
+}
+
+/// The base's own classification head, if the checkpoint has one.
+fn classifier(checkpoint: &mut Checkpoint<'_>, config: &ModelConfig, cpu: &Arc<Cpu>) -> Result<Option<Head>> {
+    let (names, hidden) = (config.family.names.classifier, config.hidden_size);
+    let Some(last) = names.last() else { return Ok(None) };
+    let Some(labels) = checkpoint.rows(&format!("{last}.weight")) else { return Ok(None) };
+    let layers = names.iter().map(|name| {
+        let rows = if name == last { labels } else { hidden };
+        let weight = checkpoint.take(&format!("{name}.weight"), &[rows, hidden])?;
+        let bias = checkpoint.take(&format!("{name}.bias"), &[rows])?;
+        Ok(Linear::new(&[weight], &[Some(bias)], cpu)?)
+    });
+    Ok(Some(Head::new(layers.collect::<Result<_>>()?)))
+}
+
+/// Names of `count` classes: the config's, or transformers' default.
+fn labels(config: &ModelConfig, count: usize) -> Vec<String> {
+    if config.labels.len() == count {
+        return config.labels.clone();
+    }
+    (0..count).map(|i| format!("LABEL_{i}")).collect()
 }

@@ -44,9 +44,9 @@ macro_rules! simd {
     };
 }
 
+pub mod activation;
 pub mod embed;
 pub mod float;
-pub mod gated_mlp;
 pub mod kv_write;
 pub mod linear;
 pub mod mapped;

@@ -11,6 +11,8 @@ pub enum LogitUse {
     Score { id: SequenceId, index: usize },
     /// The next token.
     Sample { id: SequenceId },
+    /// The class: the hidden row goes to a head of its own.
+    Pool { id: SequenceId },
 }
 
 /// The batch of a step, and the use of each of its `logit_rows`.
@@ -22,27 +24,17 @@ pub fn build(step: &Step, scheduler: &Scheduler, hidden: usize) -> (Batch, Vec<L
         let (prefix, stored) = (&resident.prefix, resident.prefix.kv_len());
         inputs.clear();
         let rows = &prefix.rows[chunk.rows.start - stored..chunk.rows.end - stored];
-        let (mut first_soft, mut end_soft) = (u32::MAX, 0);
-        for row in rows {
-            if let InputRow::Soft(i) = row {
-                (first_soft, end_soft) = (first_soft.min(*i), end_soft.max(i + 1));
-            }
-        }
-        let first_soft = first_soft.min(end_soft);
-        inputs.extend(rows.iter().map(|row| match row {
-            InputRow::Token(id) => RowSource::Token(*id),
-            InputRow::Soft(i) => RowSource::Soft(i - first_soft),
-        }));
+        let soft = gather(rows, &prefix.soft, hidden, &mut inputs);
         // A prefix at work is a sequence without a prefix: its positions are its own.
         batch.push(
             &Rows {
                 inputs: &inputs,
-                soft: &prefix.soft[first_soft as usize * hidden..end_soft as usize * hidden],
+                soft,
                 first: chunk.rows.start,
                 prefix_len: 0,
                 prefix_pages: &[],
                 own_pages: &resident.pages,
-                scored: 0..0,
+                wanted: 0..0,
                 sampled: false,
             },
             hidden,
@@ -52,21 +44,24 @@ pub fn build(step: &Step, scheduler: &Scheduler, hidden: usize) -> (Batch, Vec<L
         let Some(entry) = scheduler.get(chunk.id) else { continue };
         let resident = entry.prefix().and_then(|p| scheduler.prefixes().get(&p.digest));
         inputs.clear();
-        inputs.extend(entry.tokens()[chunk.rows.clone()].iter().map(|id| RowSource::Token(*id)));
+        let own = entry.soft().map_or(&[][..], |s| &s.rows);
+        let soft = gather(&entry.tokens()[chunk.rows.clone()], own, hidden, &mut inputs);
         let (scored, sampled) = entry.logits(&chunk.rows);
         uses.extend(scored.clone().map(|row| LogitUse::Score { id: chunk.id, index: row + 1 }));
         uses.extend(sampled.then_some(LogitUse::Sample { id: chunk.id }));
-        let start = chunk.rows.start;
+        let (start, pooled) = (chunk.rows.start, entry.pooled(&chunk.rows));
+        uses.extend(pooled.map(|_| LogitUse::Pool { id: chunk.id }));
+        // An empty range may lie outside the chunk. A sequence that is classified is not scored.
+        let wanted = pooled.map_or(scored.clone(), |row| row..row + 1);
         batch.push(
             &Rows {
                 inputs: &inputs,
-                soft: &[],
+                soft,
                 first: start,
                 prefix_len: resident.map_or(0, |r| r.prefix.len()),
                 prefix_pages: resident.map_or(&[], |r| &r.pages),
                 own_pages: entry.pages(),
-                // An empty range may lie outside the chunk.
-                scored: if scored.is_empty() { 0..0 } else { scored.start - start..scored.end - start },
+                wanted: if wanted.is_empty() { 0..0 } else { wanted.start - start..wanted.end - start },
                 sampled,
             },
             hidden,
@@ -74,4 +69,15 @@ pub fn build(step: &Step, scheduler: &Scheduler, hidden: usize) -> (Batch, Vec<L
     }
     debug_assert_eq!(batch.logit_rows.len(), uses.len());
     (batch, uses)
+}
+
+/// Appends `rows` to `inputs` and returns the part of `soft` `[n, hidden]` that they point into, renumbered from 0.
+fn gather<'a>(rows: &[InputRow], soft: &'a [f32], hidden: usize, inputs: &mut Vec<RowSource>) -> &'a [f32] {
+    let used = || rows.iter().filter_map(|row| if let InputRow::Soft(i) = row { Some(*i) } else { None });
+    let (first, end) = (used().min().unwrap_or(0), used().max().map_or(0, |i| i + 1));
+    inputs.extend(rows.iter().map(|row| match row {
+        InputRow::Token(id) => RowSource::Token(*id),
+        InputRow::Soft(i) => RowSource::Soft(i - first),
+    }));
+    &soft[first as usize * hidden..end as usize * hidden]
 }

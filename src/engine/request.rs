@@ -1,5 +1,5 @@
 //! What goes into the engine and what comes out of it.
-use crate::adapter::Prefix;
+use crate::adapter::{Head, InputRow, Prefix, SoftPrompt};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,12 +14,16 @@ pub struct Request {
     /// What the sequence attends to before its own tokens. Holding it pins the generation.
     pub prefix: Option<Arc<Prefix>>,
     /// The input after template and tokenizer. Not empty.
-    pub tokens: Vec<u32>,
+    pub input: Vec<InputRow>,
+    /// The embeddings of the virtual tokens in `input`.
+    pub soft: Option<Arc<SoftPrompt>>,
+    /// Classify by this head instead of generating: the answer is [`Event::Pooled`].
+    pub head: Option<Arc<Head>>,
     /// How the next token is chosen.
     pub sampling: Sampling,
-    /// When to stop. `max_new_tokens` 0 only scores.
+    /// When to stop. `max_new_tokens` 0 only scores or classifies.
     pub stopping: Stopping,
-    /// Return the log-probabilities of `tokens[from..]`; `from` is at least 1.
+    /// Return the log-probabilities of `input[from..]`, tokens all; `from` is at least 1.
     pub score_from: Option<usize>,
     /// Return so many most likely tokens beside each token's log-probability.
     pub top_logprobs: usize,
@@ -97,11 +101,13 @@ pub struct Stopping {
     pub include_stop_sequence: bool,
 }
 
-/// What a request's receiver gets, in order: `Scored` at most once, `Token`s, then one `Finished` or `Failed`.
+/// What a request's receiver gets, in order: `Scored` or `Pooled` at most once, `Token`s, then one `Finished` or `Failed`.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Log-probabilities of `tokens[score_from..]`.
+    /// Log-probabilities of `input[score_from..]`.
     Scored(Vec<TokenLogprob>),
+    /// Logits of the classes `[labels]`.
+    Pooled(Vec<f32>),
     /// A generated token.
     Token {
         /// The token.

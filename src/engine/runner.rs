@@ -1,7 +1,7 @@
 //! Runs a step: the pool's copies, the model, and the logits in blocks.
 use super::batcher::{self, LogitUse};
-use super::scheduler::{Scheduler, Step};
-use crate::adapter::KvRows;
+use super::scheduler::{Scheduler, SequenceId, Step};
+use crate::adapter::{Head, KvRows};
 use crate::error::{Error, Result};
 use crate::kv::{KvPool, PAGE_TOKENS, PageId};
 use crate::model::Model;
@@ -29,8 +29,15 @@ impl Runner {
         &self.model
     }
 
-    /// Runs `step` and hands each wanted row of logits `[vocab]` to `take`, in the batch's order.
-    pub fn run(&self, step: &Step, scheduler: &Scheduler, mut take: impl FnMut(LogitUse, &[f32])) -> Result<()> {
+    /// Runs `step` and hands each wanted row of logits, `[vocab]` or `[labels]`, to `take`. `head` tells which head
+    /// classifies a sequence.
+    pub fn run<'h>(
+        &self,
+        step: &Step,
+        scheduler: &Scheduler,
+        head: impl Fn(SequenceId) -> Option<&'h Head>,
+        mut take: impl FnMut(LogitUse, &[f32]),
+    ) -> Result<()> {
         if cfg!(debug_assertions) {
             step.fresh.iter().try_for_each(|page| self.kv.poison(*page))?;
         }
@@ -44,15 +51,22 @@ impl Runner {
             return Ok(());
         }
         let Some(hidden) = self.model.forward(&batch, &self.kv)? else { return Ok(()) };
-        for (block, uses) in uses.chunks(LOGIT_ROWS).enumerate() {
-            let logits = self.model.logits(&hidden.narrow(0, block * LOGIT_ROWS, uses.len())?)?;
-            let vocab = logits.dim(1)?;
-            let (storage, layout) = logits.storage_and_layout();
-            let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets())
-            else {
-                return Err(Error::internal("logits are not contiguous f32 on the CPU"));
+        let mut row = 0;
+        while row < uses.len() {
+            // A row for a head by itself, rows for the vocabulary in blocks.
+            let pooled = |u: &LogitUse| matches!(u, LogitUse::Pool { .. });
+            let vocabulary = uses[row..].iter().take(LOGIT_ROWS).take_while(|u| !pooled(u)).count();
+            let block = &uses[row..row + vocabulary.max(1)];
+            let hidden = hidden.narrow(0, row, block.len())?;
+            let logits = match block[0] {
+                LogitUse::Pool { id } => {
+                    let head = head(id).ok_or_else(|| Error::internal("a classified sequence without a head"))?;
+                    self.model.classify(&hidden, head)?
+                }
+                _ => self.model.logits(&hidden)?,
             };
-            uses.iter().zip(all[start..end].chunks_exact(vocab)).for_each(|(u, row)| take(*u, row));
+            each_row(&logits, |i, logits| take(block[i], logits))?;
+            row += block.len();
         }
         Ok(())
     }
@@ -72,4 +86,15 @@ impl Runner {
         }
         Ok(())
     }
+}
+
+/// The rows of contiguous logits `[n, width]`.
+fn each_row(logits: &Tensor, mut take: impl FnMut(usize, &[f32])) -> Result<()> {
+    let width = logits.dim(1)?;
+    let (storage, layout) = logits.storage_and_layout();
+    let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        return Err(Error::internal("logits are not contiguous f32 on the CPU"));
+    };
+    all[start..end].chunks_exact(width).enumerate().for_each(|(i, row)| take(i, row));
+    Ok(())
 }

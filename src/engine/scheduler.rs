@@ -8,11 +8,11 @@ mod plan;
 mod step;
 
 pub use entry::Entry;
-pub use step::{Chunk, Counters, NewSequence, PrefixChunk, SchedulerConfig, SequenceId, Step};
+pub use step::{Chunk, Counters, NewSequence, Pooling, PrefixChunk, SchedulerConfig, SequenceId, Step};
 
 use super::fair_queue::FairQueue;
 use super::residency::Residency;
-use crate::adapter::{Digest, Prefix};
+use crate::adapter::{Digest, InputRow, Prefix};
 use crate::error::{Error, Result};
 use crate::kv::block_allocator::BlockAllocator;
 use crate::kv::{PAGE_TOKENS, pages_for};
@@ -70,7 +70,7 @@ impl Scheduler {
             return Err(Error::exhausted(text, retry));
         }
         let prefix = new.prefix.as_ref();
-        let need = pages_for(new.tokens.len() + new.max_new_tokens) + prefix.map_or(0, |p| pages_for(p.len()));
+        let need = pages_for(new.input.len() + new.max_new_tokens) + prefix.map_or(0, |p| pages_for(p.len()));
         let pinned = self.prefixes.pinned_pages_besides(prefix.map(|p| p.digest));
         if need + pinned > self.config.pages {
             let total = self.config.pages;
@@ -167,7 +167,7 @@ impl Scheduler {
         for chunk in &step.sequences {
             let Some(e) = self.sequences.get_mut(&chunk.id) else { continue };
             e.computed = chunk.rows.end;
-            if self.config.prefix_caching {
+            if self.config.prefix_caching && !e.whole() {
                 e.extend_hashes(e.computed / PAGE_TOKENS);
                 let sealed = chunk.rows.start / PAGE_TOKENS..e.computed / PAGE_TOKENS;
                 sealed.for_each(|b| self.pages.seal(e.pages[b], e.hashes[b]));
@@ -178,7 +178,7 @@ impl Scheduler {
     /// A token was sampled for a sequence.
     pub fn push_token(&mut self, id: SequenceId, token: u32) {
         if let Some(e) = self.sequences.get_mut(&id) {
-            e.tokens.push(token);
+            e.tokens.push(InputRow::Token(token));
         }
     }
 

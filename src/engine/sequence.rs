@@ -3,6 +3,7 @@
 use super::request::{Event, Finish, FinishReason, Request, Stopping, Timings, TokenLogprob, Usage};
 use super::sampler::Sampler;
 use super::stop::StopMatcher;
+use crate::adapter::{Head, InputRow};
 use crate::error::{Error, Result};
 use crate::tokenizer::{Detokenizer, Tokenizer};
 use std::sync::Arc;
@@ -24,6 +25,8 @@ pub struct Sequence {
     score_from: Option<usize>,
     prompt_len: usize,
     scored: Vec<TokenLogprob>,
+    head: Option<Arc<Head>>,
+    pooled: Option<Vec<f32>>,
     detokenizer: Detokenizer,
     stop: StopMatcher,
     usage: Usage,
@@ -35,7 +38,9 @@ pub struct Sequence {
 impl Sequence {
     /// From a request; events go to `events`.
     pub fn new(request: Request, events: mpsc::Sender<Event>) -> Self {
-        let Request { sampling, stopping, tokens, prefix, top_logprobs, score_from, .. } = request;
+        let Request { sampling, stopping, input, prefix, top_logprobs, score_from, head, .. } = request;
+        let token = |row: &InputRow| if let InputRow::Token(id) = row { Some(*id) } else { None };
+        let tokens: Vec<u32> = input.iter().filter_map(token).collect();
         Sequence {
             request_id: request.id,
             sampler: Sampler::new(sampling, &tokens, top_logprobs),
@@ -44,10 +49,12 @@ impl Sequence {
             stop: StopMatcher::new(stopping.stop_sequences.clone(), stopping.include_stop_sequence),
             stopping,
             score_from,
-            prompt_len: tokens.len(),
+            prompt_len: input.len(),
             scored: Vec::new(),
+            head,
+            pooled: None,
             detokenizer: Detokenizer::default(),
-            usage: Usage { prompt: tokens.len(), prefix: prefix.map_or(0, |p| p.len()), ..Usage::default() },
+            usage: Usage { prompt: input.len(), prefix: prefix.map_or(0, |p| p.len()), ..Usage::default() },
             timings: Timings::default(),
             arrival: request.arrival,
             events,
@@ -90,8 +97,23 @@ impl Sequence {
         }
     }
 
-    /// Sends the scores once they are complete; ends a sequence that only scores.
+    /// What classifies it.
+    pub fn head(&self) -> Option<&Arc<Head>> {
+        self.head.as_ref()
+    }
+
+    /// The logits of the classes.
+    pub fn pooled(&mut self, logits: Vec<f32>) {
+        self.pooled = Some(logits);
+    }
+
+    /// Sends the scores or the class once they are complete; ends a sequence that wants nothing else.
     pub fn after_step(&mut self) -> Option<FinishReason> {
+        if let Some(logits) = self.pooled.take() {
+            self.timings.ttft = self.arrival.elapsed();
+            self.send(Event::Pooled(logits));
+            return Some(FinishReason::Stop);
+        }
         let from = self.score_from?;
         if self.scored.len() + from == self.prompt_len {
             self.score_from = None;

@@ -5,9 +5,9 @@ use super::capacity;
 use super::request::{Event, FinishReason, Request};
 use super::runner::Runner;
 use super::sampler;
-use super::scheduler::{NewSequence, Scheduler, SchedulerConfig, SequenceId, Step};
+use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
-use crate::adapter::{Digest, Prefix};
+use crate::adapter::{Digest, Head, InputRow, Prefix};
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::kv::{PAGE_TOKENS, pages_for};
@@ -41,6 +41,8 @@ pub struct Shared {
     /// Tokens that the pool holds.
     pub kv_tokens: usize,
     vocab_size: usize,
+    hidden_size: usize,
+    encoder: bool,
 }
 
 impl Shared {
@@ -61,7 +63,7 @@ impl Shared {
 
     /// What can be said about a request without the thread's state.
     pub fn admit(&self, request: &Request) -> Result<()> {
-        let (prompt, new) = (request.tokens.len(), request.stopping.max_new_tokens);
+        let (prompt, new) = (request.input.len(), request.stopping.max_new_tokens);
         let prefix = request.prefix.as_ref().map_or(0, |p| p.len());
         let too_long = |limit: usize, what: &str| {
             let text = format!("{} tokens (prefix {prefix}, prompt {prompt}, new {new})", prefix + prompt + new);
@@ -70,12 +72,24 @@ impl Shared {
         if prompt == 0 {
             return Err(Error::invalid("prompt", "empty", "must have at least one token"));
         }
-        if let Some(id) = request.tokens.iter().find(|id| **id as usize >= self.vocab_size) {
-            return Err(Error::invalid(
-                "token_ids",
-                id,
-                format!("must be below the vocabulary size {}", self.vocab_size),
-            ));
+        let virtual_tokens = request.soft.as_ref().map_or(0, |s| s.rows.len() / self.hidden_size);
+        for row in &request.input {
+            match *row {
+                InputRow::Token(id) if id as usize >= self.vocab_size => {
+                    let rule = format!("must be below the vocabulary size {}", self.vocab_size);
+                    return Err(Error::invalid("token_ids", id, rule));
+                }
+                InputRow::Soft(i) if i as usize >= virtual_tokens => {
+                    return Err(Error::internal(format!("virtual token {i} of {virtual_tokens}")));
+                }
+                _ => {}
+            }
+        }
+        if request.head.is_some() {
+            return self.admit_classified(request);
+        }
+        if self.encoder {
+            return Err(Error::precondition("the base is an encoder: it classifies, and generates or scores nothing"));
         }
         if prefix + prompt + new > self.max_model_len {
             return Err(too_long(self.max_model_len, "the context holds"));
@@ -85,11 +99,19 @@ impl Shared {
             let text = format!("the request needs {pages} KV pages, the pool has {}", self.kv_tokens / PAGE_TOKENS);
             return Err(Error::exhausted(text, None));
         }
-        let scores = request.score_from.is_some_and(|from| (1..prompt).contains(&from));
+        let tokens = |from: usize| request.input[from..].iter().all(|r| matches!(r, InputRow::Token(_)));
+        let scores = request.score_from.is_some_and(|from| (1..prompt).contains(&from) && tokens(from));
         if request.score_from.is_some() != scores || new == 0 && !scores {
             return Err(Error::invalid("prompt", format!("{prompt} tokens"), "leaves nothing to score"));
         }
         request.sampling.validate()
+    }
+
+    fn admit_classified(&self, request: &Request) -> Result<()> {
+        if request.score_from.is_some() || request.stopping.max_new_tokens > 0 {
+            return Err(Error::internal("a classified request neither scores nor generates"));
+        }
+        Ok(())
     }
 }
 
@@ -114,7 +136,8 @@ impl Worker {
     pub fn new(model: Model, config: &EngineConfig, inbox: mpsc::Receiver<Command>) -> Result<Self> {
         let info = model.info();
         let pages = capacity::pages(config, model.page_bytes())?;
-        let (max_model_len, vocab_size) = (info.max_model_len, info.vocab_size);
+        let (max_model_len, vocab_size, hidden_size) = (info.max_model_len, info.vocab_size, info.hidden_size);
+        let encoder = info.encoder;
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             stats: Mutex::default(),
@@ -122,10 +145,13 @@ impl Worker {
             max_model_len,
             kv_tokens: pages * PAGE_TOKENS,
             vocab_size,
+            hidden_size,
+            encoder,
         });
         let scheduler = Scheduler::new(SchedulerConfig {
             pages,
-            max_batch_tokens: config.max_batch_tokens,
+            // All rows of an encoder's sequence run in one step.
+            max_batch_tokens: config.max_batch_tokens.max(if encoder { max_model_len } else { 0 }),
             max_sequences: config.max_sequences,
             max_queue: config.max_queue,
             max_queue_per_tenant: config.max_queue_per_adapter,
@@ -141,6 +167,11 @@ impl Worker {
             steps: 0,
             generated: 0,
         })
+    }
+
+    /// Which row a classification head reads.
+    fn pooling(&self) -> Pooling {
+        if self.shared.encoder { Pooling::First } else { Pooling::Last }
     }
 
     /// What handles share with it.
@@ -190,7 +221,9 @@ impl Worker {
                 let new = NewSequence {
                     tenant: request.tenant.clone(),
                     prefix: request.prefix.clone(),
-                    tokens: request.tokens.clone(),
+                    input: request.input.clone(),
+                    soft: request.soft.clone(),
+                    pooling: request.head.as_ref().map(|_| self.pooling()),
                     score_from: request.score_from,
                     max_new_tokens: request.stopping.max_new_tokens,
                 };
@@ -257,11 +290,17 @@ impl Worker {
         let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
         // A panic here is a bug of ours; it must cost the requests of this step only.
         let run = AssertUnwindSafe(|| {
-            runner.run(step, scheduler, |usage, logits| match usage {
+            let heads: HashMap<SequenceId, Arc<Head>> = classified(step, sequences);
+            let head = |id| heads.get(&id).map(|h| &**h);
+            runner.run(step, scheduler, head, |usage, logits| match usage {
+                LogitUse::Pool { id } => {
+                    sequences.get_mut(&id).into_iter().for_each(|s| s.pooled(logits.to_vec()));
+                }
                 LogitUse::Score { id, index } => {
                     let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { return };
-                    let token = sampler::logprob(logits, entry.tokens()[index], s.top_logprobs);
-                    s.scored(index, token);
+                    // Admission saw that only tokens are scored.
+                    let InputRow::Token(token) = entry.tokens()[index] else { return };
+                    s.scored(index, sampler::logprob(logits, token, s.top_logprobs));
                 }
                 LogitUse::Sample { id } => {
                     let Some(s) = sequences.get_mut(&id) else { return };
@@ -358,4 +397,10 @@ impl Worker {
             *known = resident;
         }
     }
+}
+
+/// The heads of the step's sequences that are classified.
+fn classified(step: &Step, sequences: &HashMap<SequenceId, Sequence>) -> HashMap<SequenceId, Arc<Head>> {
+    let head = |id: SequenceId| Some((id, sequences.get(&id)?.head()?.clone()));
+    step.sequences.iter().filter_map(|chunk| head(chunk.id)).collect()
 }

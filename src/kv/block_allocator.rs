@@ -8,7 +8,7 @@
 //! | cached | 0 | yes; the least recently used one is recycled when pages run out |
 //! | free | 0 | no |
 use super::PageId;
-use crate::adapter::Digest;
+use crate::adapter::{Digest, InputRow};
 use std::collections::{BTreeMap, HashMap};
 
 /// Content of a full block: the hash of its parent's hash and its tokens; the first one's parent is the adapter's digest.
@@ -16,17 +16,22 @@ use std::collections::{BTreeMap, HashMap};
 pub struct BlockHash(pub [u8; 32]);
 
 impl BlockHash {
-    /// Start of a chain: nothing but the prefix (none: the bare base).
-    pub fn root(prefix: Option<Digest>) -> Self {
-        BlockHash(prefix.map_or([0; 32], |d| d.0))
+    /// Start of a chain: nothing but the prefix (none: the bare base), and the virtual tokens that its blocks may name.
+    pub fn root(prefix: Option<Digest>, soft: Option<Digest>) -> Self {
+        let prefix = prefix.map_or([0; 32], |d| d.0);
+        let Some(soft) = soft else { return BlockHash(prefix) };
+        BlockHash(*blake3::Hasher::new().update(b"soft").update(&prefix).update(&soft.0).finalize().as_bytes())
     }
 
-    /// The block that follows this one with `tokens`.
-    pub fn child(self, tokens: &[u32]) -> Self {
+    /// The block that follows this one with `rows`.
+    pub fn child(self, rows: &[InputRow]) -> Self {
         let mut h = blake3::Hasher::new();
         h.update(&self.0);
-        for token in tokens {
-            h.update(&token.to_le_bytes());
+        for row in rows {
+            match row {
+                InputRow::Token(id) => h.update(b"t").update(&id.to_le_bytes()),
+                InputRow::Soft(i) => h.update(b"s").update(&i.to_le_bytes()),
+            };
         }
         BlockHash(*h.finalize().as_bytes())
     }
@@ -149,7 +154,7 @@ mod tests {
     #[test]
     fn a_cached_block_comes_back_until_it_is_recycled() {
         let mut a = BlockAllocator::new(2);
-        let hash = BlockHash::root(None).child(&[1, 2]);
+        let hash = BlockHash::root(None, None).child(&[InputRow::Token(1), InputRow::Token(2)]);
         let page = a.allocate().unwrap();
         a.seal(page, hash);
         a.release(page);
@@ -164,9 +169,20 @@ mod tests {
     #[test]
     fn chains_differ_by_root_and_by_order() {
         let d = |b| Some(Digest([b; 32]));
-        let of = |root, blocks: &[&[u32]]| blocks.iter().fold(BlockHash::root(root), |h, t| h.child(t));
-        let all =
-            [of(None, &[&[1]]), of(d(1), &[&[1]]), of(d(2), &[&[1]]), of(d(1), &[&[1], &[2]]), of(d(1), &[&[2], &[1]])];
+        let of = |prefix, soft, rows: &[InputRow]| {
+            rows.iter().fold(BlockHash::root(prefix, soft), |h, row| h.child(&[*row]))
+        };
+        let (one, two) = (InputRow::Token(1), InputRow::Token(2));
+        let all = [
+            of(None, None, &[one]),
+            of(d(1), None, &[one]),
+            of(d(2), None, &[one]),
+            of(d(1), None, &[one, two]),
+            of(d(1), None, &[two, one]),
+            of(d(1), None, &[InputRow::Soft(1)]),
+            of(d(1), d(2), &[InputRow::Soft(1)]),
+            of(d(1), d(3), &[InputRow::Soft(1)]),
+        ];
         for (i, a) in all.iter().enumerate() {
             assert!(all[..i].iter().all(|b| a != b));
         }
@@ -181,7 +197,7 @@ mod tests {
             let mut content: HashMap<PageId, BlockHash> = HashMap::new();
             for (op, x) in ops {
                 let pick = |held: &Vec<PageId>| (!held.is_empty()).then(|| x as usize % held.len());
-                let hash = BlockHash::root(None).child(&[u32::from(x) % 7]);
+                let hash = BlockHash::root(None, None).child(&[InputRow::Token(u32::from(x) % 7)]);
                 match op {
                     0 => match a.allocate() {
                         Some(page) => {

@@ -41,8 +41,8 @@ pub struct Rows<'a> {
     pub prefix_pages: &'a [PageId],
     /// Own pages, those of these rows included.
     pub own_pages: &'a [PageId],
-    /// Rows (0 is the first of `inputs`) whose logits are wanted for scores.
-    pub scored: Range<usize>,
+    /// Rows (0 is the first of `inputs`) whose hidden states are wanted, for scores or for a head.
+    pub wanted: Range<usize>,
     /// Whether the last row's logits are wanted.
     pub sampled: bool,
 }
@@ -75,6 +75,6 @@ impl Batch {
             own_pages,
         });
         let last = rows.sampled.then(|| rows.inputs.len() - 1);
-        self.logit_rows.extend(rows.scored.clone().chain(last).map(|i| (start + i) as u32));
+        self.logit_rows.extend(rows.wanted.clone().chain(last).map(|i| (start + i) as u32));
     }
 }

@@ -1,47 +1,51 @@
-//! The one decoder: pre-norm, rotary grouped-query attention over prefix and own pages, gated feed-forward.
+//! The one decoder, of which an encoder is the case where every row sees all: attention over prefix and own pages,
+//! a feed-forward part, norms and residuals where the family has them.
 use super::batch::Batch;
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Positions, Residual, Up};
+use super::layer::{Layer, Loader};
 use super::weights::Checkpoint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::KvPool;
-use crate::ops::embed::embed;
-use crate::ops::gated_mlp::GatedMlp;
-use crate::ops::linear::{Cpu, Linear, Packed};
-use crate::ops::norm::RmsNorm;
+use crate::ops::activation::Activation;
+use crate::ops::embed::{Embedding, embed};
+use crate::ops::float;
+use crate::ops::linear::{Cpu, Linear};
+use crate::ops::norm::Norm;
 use crate::ops::prefix_attention::{KvLayout, Plan, prefix_attention};
-use crate::ops::rope::{RopeTable, rope};
-use candle_core::{DType, Device, Tensor};
+use crate::ops::rope::{Heads, RopeTable, rope};
+use candle_core::{Device, Tensor};
 use std::sync::Arc;
 
 /// The frozen weights, packed, and what they need to run.
 pub struct Decoder {
-    /// `[vocab, hidden]`, shared with the head when tied.
-    table: Arc<Packed>,
+    /// The table is shared with the head when tied.
+    embedding: Embedding,
+    /// An encoder has its norm here, a decoder at the end.
+    norm: Norm,
     layers: Vec<Layer>,
-    norm: RmsNorm,
-    head: Linear,
-    rope: Arc<RopeTable>,
-    gated_mlp: GatedMlp,
+    /// `None` for an encoder.
+    head: Option<Linear>,
+    /// Applied to the pooled row before a classification head, then tanh (BERT).
+    pooler: Option<Linear>,
+    ropes: Vec<Arc<RopeTable>>,
+    activation: Activation,
     cpu: Arc<Cpu>,
     config: ModelConfig,
 }
 
-struct Layer {
-    attention_norm: RmsNorm,
-    /// `[q | k | v]`
-    qkv: Linear,
-    o: Linear,
-    mlp_norm: RmsNorm,
-    /// `[gate | up]`
-    gate_up: Linear,
-    down: Linear,
+/// What all layers of one step share.
+struct Step<'a> {
+    kv: &'a KvPool,
+    plan: Arc<Plan>,
+    positions: Arc<[u32]>,
+    slots: Arc<[u32]>,
 }
 
 impl Decoder {
-    /// Takes every weight out of `checkpoint`. `positions` bounds the longest sequence; `progress` hears of each layer.
+    /// Takes every weight out of `checkpoint`. `positions` bounds the longest sequence.
     ///
     /// # Errors
-    /// `FailedPrecondition` naming a tensor that is missing, left over, or of a wrong shape.
+    /// `FailedPrecondition` naming a tensor that is missing or of a wrong shape.
     pub fn load(
         checkpoint: &mut Checkpoint<'_>,
         config: &ModelConfig,
@@ -50,24 +54,49 @@ impl Decoder {
     ) -> Result<Self> {
         let names = config.family.names;
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let mut loader = Loader { checkpoint, cpu, layer: String::new() };
+        let mut loader = Loader::new(checkpoint, config, cpu);
         let table = loader.linear(&[(names.embed, vocab)], hidden, false)?;
-        let layers = (0..config.num_layers).map(|i| loader.layer(i, config)).collect::<Result<_>>()?;
-        let norm = loader.norm(names.norm, config)?;
-        let head = if config.tied {
-            // Some savers write the tied copy too.
-            loader.checkpoint.forget(&format!("{}.weight", names.head));
-            table.clone()
-        } else {
-            loader.linear(&[(names.head, vocab)], hidden, false)?
+        let learned = match config.family.positions {
+            Positions::Learned(offset) => Some(loader.positions(offset, positions)?.into()),
+            _ => None,
         };
+        let norm = loader.norm(names.norm)?;
+        let layers = (0..config.num_layers()).map(|i| loader.layer(i)).collect::<Result<_>>()?;
+        let head = match (config.family.encoder, config.tied) {
+            (true, _) => None,
+            (false, true) => Some(table.clone()),
+            (false, false) => Some(loader.linear_at(&[(names.head.to_owned(), vocab)], hidden, false)?),
+        };
+        let pooler = match names.pooler {
+            "" => None,
+            name => Some(loader.linear(&[(name, hidden)], hidden, true)?),
+        };
+        if config.tied {
+            // Some savers write the tied copy too.
+            checkpoint.forget(&format!("{}.weight", names.head));
+        }
+        checkpoint.forget_all(names.unused);
+        let mut scale = 1.0;
+        if config.family.scaled_embedding {
+            // The factor is a tensor of the model's type there, and rounded to it.
+            scale = (hidden as f32).sqrt();
+            if checkpoint.table_dtype() == Some(candle_core::DType::BF16) {
+                scale = float::bf16_to_f32(float::f32_to_bf16(scale));
+            }
+        }
+        let ropes = config.ropes.iter().map(|r| {
+            let (frequencies, factor) = r.frequencies(positions);
+            Arc::new(RopeTable::new(&frequencies, positions, factor))
+        });
+        let gated = !matches!(names.up, Up::Plain(_));
         Ok(Decoder {
-            table: table.weight().clone(),
-            layers,
+            embedding: Embedding { table: table.weight().clone(), scale, positions: learned },
             norm,
+            layers,
             head,
-            rope: Arc::new(RopeTable::new(&config.inv_freq(), positions, 1.0)),
-            gated_mlp: GatedMlp::new(cpu),
+            pooler,
+            ropes: ropes.collect(),
+            activation: Activation::new(config.activation, gated, cpu),
             cpu: cpu.clone(),
             config: config.clone(),
         })
@@ -86,81 +115,97 @@ impl Decoder {
     /// Runs the batch: writes its K and V into `kv` and returns the hidden rows of `batch.logit_rows`
     /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted.
     pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
-        let config = &self.config;
-        let width = config.hidden_size;
-        let (heads, kv_heads, dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
+        let width = self.config.hidden_size;
         let soft = Tensor::from_slice(&batch.soft, (batch.soft.len() / width, width), &Device::Cpu)?;
-        let positions: Arc<[u32]> = batch.positions.as_slice().into();
-        let slots: Arc<[u32]> = batch.slots.as_slice().into();
-        let scale = 1.0 / (dim as f32).sqrt();
-        let plan = Plan::new(batch.sequences.clone(), batch.pages.clone(), self.kv_layout(), heads, scale);
-        let plan = Arc::new(plan);
-
-        let mut hidden = embed(&self.table, &soft, batch.inputs.clone())?; // [rows, hidden]
-        for (i, layer) in self.layers.iter().enumerate() {
-            let qkv = layer.qkv.forward(&layer.attention_norm.forward(&hidden)?)?;
-            let qkv = rope(&qkv, &self.rope, &positions, heads + kv_heads)?;
-            kv.write(i, &qkv, &slots, heads * dim)?;
-            let (keys, values) = kv.layer(i);
-            let attention = prefix_attention(&qkv, keys, values, &plan, &self.cpu)?;
-            hidden = layer.o.forward_add(&attention, &hidden)?;
-            let gate_up = layer.gate_up.forward(&layer.mlp_norm.forward(&hidden)?)?;
-            hidden = layer.down.forward_add(&self.gated_mlp.forward(&gate_up)?, &hidden)?;
+        let plan = Plan::new(batch.sequences.clone(), batch.pages.clone(), self.kv_layout(), self.config.num_heads);
+        let step = Step {
+            kv,
+            plan: Arc::new(plan),
+            positions: batch.positions.as_slice().into(),
+            slots: batch.slots.as_slice().into(),
+        };
+        let mut hidden = embed(&self.embedding, &soft, batch.inputs.clone(), &step.positions)?; // [rows, hidden]
+        if self.config.family.encoder {
+            hidden = self.norm.forward(&hidden)?;
+        }
+        for index in 0..self.layers.len() {
+            hidden = self.layer(index, &hidden, &step)?;
         }
         if batch.logit_rows.is_empty() {
             return Ok(None);
         }
         let rows = Tensor::from_slice(&batch.logit_rows, batch.logit_rows.len(), &Device::Cpu)?;
-        Ok(Some(self.norm.forward(&hidden.index_select(&rows, 0)?)?))
+        let hidden = hidden.index_select(&rows, 0)?;
+        Ok(Some(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? }))
     }
 
-    /// Hidden rows `[n, hidden]` of [`Decoder::forward`] -> logits `[n, vocab]`.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(self.head.forward(hidden)?)
-    }
-}
-
-/// Takes tensors by the family's names.
-struct Loader<'l, 'c> {
-    checkpoint: &'l mut Checkpoint<'c>,
-    cpu: &'l Arc<Cpu>,
-    /// What `{}` in a name stands for.
-    layer: String,
-}
-
-impl Loader<'_, '_> {
-    fn layer(&mut self, index: usize, c: &ModelConfig) -> Result<Layer> {
-        let names = c.family.names;
-        self.layer = index.to_string();
-        let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        Ok(Layer {
-            attention_norm: self.norm(names.attention_norm, c)?,
-            qkv: self.linear(&[(names.q, q), (names.k, kv), (names.v, kv)], c.hidden_size, c.qkv_bias)?,
-            o: self.linear(&[(names.o, c.hidden_size)], q, c.o_bias)?,
-            mlp_norm: self.norm(names.mlp_norm, c)?,
-            gate_up: {
-                let parts = [(names.gate, c.intermediate_size), (names.up, c.intermediate_size)];
-                self.linear(&parts, c.hidden_size, c.mlp_bias)?
-            },
-            down: self.linear(&[(names.down, c.hidden_size)], c.intermediate_size, c.mlp_bias)?,
+    /// x `[rows, hidden]` -> the same after one layer, by the formulas of [`Residual`].
+    fn layer(&self, index: usize, x: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+        let layer = &self.layers[index];
+        let norms = &layer.norms;
+        Ok(match self.config.residual {
+            Residual::Sequential => {
+                let attention = self.attention(index, &norms[0].forward(x)?, step)?;
+                let x = layer.o.forward_add(&attention, x)?;
+                layer.down.forward_add(&self.up(layer, &norms[1].forward(&x)?)?, &x)?
+            }
+            Residual::Parallel => {
+                let attention = self.attention(index, &norms[0].forward(x)?, step)?;
+                let up = self.up(layer, &norms[1].forward(x)?)?;
+                layer.down.forward_add(&up, &layer.o.forward_add(&attention, x)?)?
+            }
+            Residual::Sandwich => {
+                let attention = self.attention(index, &norms[0].forward(x)?, step)?;
+                let x = (norms[1].forward(&layer.o.forward(&attention)?)? + x)?;
+                let up = self.up(layer, &norms[2].forward(&x)?)?;
+                (norms[3].forward(&layer.down.forward(&up)?)? + x)?
+            }
+            Residual::Post => {
+                let attention = self.attention(index, x, step)?;
+                let x = norms[0].forward(&layer.o.forward_add(&attention, x)?)?;
+                norms[1].forward(&layer.down.forward_add(&self.up(layer, &x)?, &x)?)?
+            }
         })
     }
 
-    /// The parts `(name, rows)`, each `[rows, k]`, packed one after the other.
-    fn linear(&mut self, parts: &[(&str, usize)], k: usize, bias: bool) -> Result<Linear> {
-        let (mut weights, mut biases) = (Vec::new(), Vec::new());
-        for (name, rows) in parts {
-            let name = name.replace("{}", &self.layer);
-            weights.push(self.checkpoint.take(&format!("{name}.weight"), &[*rows, k])?);
-            let bias = bias.then(|| self.checkpoint.take(&format!("{name}.bias"), &[*rows]));
-            biases.push(bias.transpose()?);
+    /// Normed rows `[rows, hidden]` -> what the heads read `[rows, heads * head_dim]`; K and V go to their slots.
+    fn attention(&self, index: usize, x: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+        let (layer, facts) = (&self.layers[index], &self.config.layers[index]);
+        let (heads, kv_heads, dim) = (self.config.num_heads, self.config.num_kv_heads, self.config.head_dim);
+        let mut qkv = layer.qkv.forward(x)?;
+        if let Some(norm) = &layer.head_norm {
+            qkv = norm.forward(&qkv)?;
         }
-        Ok(Linear::new(&weights, &biases, self.cpu)?)
+        if let Some(table) = facts.rope.and_then(|i| self.ropes.get(i)) {
+            qkv = rope(&qkv, table, &step.positions, Heads { count: heads + kv_heads, dim })?;
+        }
+        step.kv.write(index, &qkv, &step.slots, heads * dim)?;
+        let (keys, values) = step.kv.layer(index);
+        Ok(prefix_attention(&qkv, keys, values, &step.plan, facts.attention, &self.cpu)?)
     }
 
-    fn norm(&mut self, name: &str, c: &ModelConfig) -> Result<RmsNorm> {
-        let name = format!("{}.weight", name.replace("{}", &self.layer));
-        let weight = self.checkpoint.take(&name, &[c.hidden_size])?;
-        Ok(RmsNorm::new(weight.to_dtype(DType::F32)?.to_vec1()?, c.rms_norm_eps))
+    fn up(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
+        Ok(self.activation.forward(&layer.up.forward(x)?)?)
+    }
+
+    /// Hidden rows `[n, hidden]` of [`Decoder::forward`] -> logits `[n, vocab]`.
+    ///
+    /// # Errors
+    /// `Internal` for an encoder, which has none.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = self.head.as_ref().ok_or_else(|| Error::internal("an encoder has no logits"))?;
+        let logits = head.forward(hidden)?;
+        Ok(match self.config.logit_cap {
+            None => logits,
+            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
+        })
+    }
+
+    /// Hidden rows `[n, hidden]` -> what a classification head reads `[n, hidden]`.
+    pub fn pool(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(match &self.pooler {
+            None => hidden.clone(),
+            Some(pooler) => pooler.forward(hidden)?.tanh()?,
+        })
     }
 }

@@ -95,18 +95,32 @@ impl<'a> Checkpoint<'a> {
         self.found
     }
 
+    /// Whether `name` is there and was not taken.
+    pub fn has(&self, name: &str) -> bool {
+        self.left.contains_key(name)
+    }
+
+    /// Rows of `name`, if it is there and was not taken.
+    pub fn rows(&self, name: &str) -> Option<usize> {
+        let shard = &self.shards[*self.left.get(name)?];
+        shard.metadata.info(name)?.shape.first().copied()
+    }
+
     /// Forgets `name`, if it is there: a copy of something taken under another name.
     pub fn forget(&mut self, name: &str) {
         self.left.remove(name);
+    }
+
+    /// Forgets tensors that are known and not needed, by the start or the end of their names.
+    pub fn forget_all(&mut self, parts: &[&str]) {
+        self.left.retain(|name, _| !parts.iter().any(|p| name.starts_with(p) || name.ends_with(p)));
     }
 
     /// Everything must have been taken: what the decoder does not know would be left out in silence.
     ///
     /// # Errors
     /// `FailedPrecondition` with up to five names.
-    pub fn finish(mut self) -> Result<()> {
-        // Old checkpoints store this buffer; it follows from the config.
-        self.left.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
+    pub fn finish(self) -> Result<()> {
         if self.left.is_empty() {
             return Ok(());
         }

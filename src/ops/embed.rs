@@ -1,4 +1,4 @@
-//! `embed`: rows of the token table and rows of soft prompts gathered into one packed tensor.
+//! `embed`: rows of the token table and rows of soft prompts gathered into one packed tensor, and learned positions.
 use super::{f32_slice, linear::Packed};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
@@ -12,15 +12,26 @@ pub enum RowSource {
     Soft(u32),
 }
 
-struct Embed {
-    table: Arc<Packed>,
-    rows: Vec<RowSource>,
+/// The token table `[vocab, hidden]` of a model.
+#[derive(Clone)]
+pub struct Embedding {
+    /// One row a token, shared with a tied head.
+    pub table: Arc<Packed>,
+    /// Token rows are multiplied by this (Gemma: sqrt(hidden)); soft rows are not.
+    pub scale: f32,
+    /// Learned positions `[positions, hidden]`, added to every row, soft ones too.
+    pub positions: Option<Arc<[f32]>>,
 }
 
-/// `table` `[vocab, hidden]`, `soft` `[num_soft, hidden]` -> `[rows, hidden]` in f32. Soft rows are taken as they
-/// are; a family's scale of token embeddings does not touch them.
-pub fn embed(table: &Arc<Packed>, soft: &Tensor, rows: Vec<RowSource>) -> Result<Tensor> {
-    soft.apply_op1(Embed { table: table.clone(), rows })
+struct Embed {
+    embedding: Embedding,
+    rows: Vec<RowSource>,
+    positions: Arc<[u32]>,
+}
+
+/// `rows` and their `positions` `[rows]`, `soft` `[num_soft, hidden]` -> `[rows, hidden]` in f32.
+pub fn embed(embedding: &Embedding, soft: &Tensor, rows: Vec<RowSource>, positions: &Arc<[u32]>) -> Result<Tensor> {
+    soft.apply_op1(Embed { embedding: embedding.clone(), rows, positions: positions.clone() })
 }
 
 impl CustomOp1 for Embed {
@@ -30,19 +41,34 @@ impl CustomOp1 for Embed {
 
     fn cpu_fwd(&self, soft: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let soft = f32_slice(soft, layout, "embed")?;
-        let hidden = self.table.k();
+        let Embedding { table, scale, positions } = &self.embedding;
+        let hidden = table.k();
         let (num_soft, width) = layout.shape().dims2()?;
-        if width != hidden {
-            bail!("embed: soft rows have {width} elements, the table's {hidden}");
+        if width != hidden || self.rows.len() != self.positions.len() {
+            let (rows, positions) = (self.rows.len(), self.positions.len());
+            bail!("embed: {rows} rows at {positions} positions, soft ones of {width}, the table's of {hidden}");
         }
         let mut y = vec![0f32; self.rows.len() * hidden];
         for (row, y) in self.rows.iter().zip(y.chunks_exact_mut(hidden)) {
             match *row {
-                RowSource::Token(id) if (id as usize) < self.table.n() => self.table.row(id as usize, y),
+                RowSource::Token(id) if (id as usize) < table.n() => {
+                    table.row(id as usize, y);
+                    if *scale != 1.0 {
+                        y.iter_mut().for_each(|y| *y *= scale);
+                    }
+                }
                 RowSource::Soft(i) if (i as usize) < num_soft => {
                     y.copy_from_slice(&soft[i as usize * hidden..][..hidden]);
                 }
-                other => bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", self.table.n()),
+                other => bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", table.n()),
+            }
+        }
+        if let Some(learned) = positions {
+            for (&p, y) in self.positions.iter().zip(y.chunks_exact_mut(hidden)) {
+                let Some(row) = learned.get(p as usize * hidden..(p as usize + 1) * hidden) else {
+                    bail!("embed: position {p} is past the table's {}", learned.len() / hidden);
+                };
+                y.iter_mut().zip(row).for_each(|(y, p)| *y += p);
             }
         }
         Ok((CpuStorage::F32(y), (self.rows.len(), hidden).into()))
@@ -60,9 +86,19 @@ mod tests {
     fn gathers_and_refuses() {
         let table = Arc::new(Packed::f32(&[0., 1., 2., 3., 4., 5.], 3, 2, Isa::Auto));
         let soft = Tensor::new(&[[10f32, 11.]], &Device::Cpu).unwrap();
-        let y = embed(&table, &soft, vec![RowSource::Token(2), RowSource::Soft(0), RowSource::Token(0)]).unwrap();
+        let mut embedding = Embedding { table, scale: 1.0, positions: None };
+        let rows = vec![RowSource::Token(2), RowSource::Soft(0), RowSource::Token(0)];
+        let at: Arc<[u32]> = vec![1, 2, 0].into();
+        let y = embed(&embedding, &soft, rows.clone(), &at).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[4., 5.], [10., 11.], [0., 1.]]);
-        assert!(embed(&table, &soft, vec![RowSource::Token(3)]).is_err());
-        assert!(embed(&table, &soft, vec![RowSource::Soft(1)]).is_err());
+        let one: Arc<[u32]> = vec![0].into();
+        assert!(embed(&embedding, &soft, vec![RowSource::Token(3)], &one).is_err());
+        assert!(embed(&embedding, &soft, vec![RowSource::Soft(1)], &one).is_err());
+        // The scale is for tokens, learned positions for all.
+        embedding.scale = 2.0;
+        embedding.positions = Some(vec![0.1, 0.2, 100., 200., 1000., 2000.].into());
+        let y = embed(&embedding, &soft, rows.clone(), &at).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[108., 210.], [1010., 2011.], [0.1, 2.2]]);
+        assert!(embed(&embedding, &soft, rows, &vec![1, 2, 3].into()).is_err());
     }
 }

@@ -1,19 +1,29 @@
-//! `norm`: RMSNorm over rows, y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019; `LlamaRMSNorm`).
+//! `norm`: RMSNorm and LayerNorm over rows, and RMSNorm over the heads of a packed projection.
+//!
+//! RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019; `LlamaRMSNorm`).
+//! LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016; `torch.nn.LayerNorm`).
 use super::f32_slice;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
-/// RMSNorm with a frozen weight `[hidden]`.
+/// A norm with frozen weights `[hidden]`.
 #[derive(Clone)]
-pub struct RmsNorm {
+pub struct Norm {
     weight: Arc<[f32]>,
+    /// Of a LayerNorm; `None`: RMSNorm.
+    bias: Option<Arc<[f32]>>,
     eps: f32,
 }
 
-impl RmsNorm {
-    /// `weight` is `[hidden]`.
-    pub fn new(weight: Vec<f32>, eps: f64) -> Self {
-        RmsNorm { weight: weight.into(), eps: eps as f32 }
+impl Norm {
+    /// RMSNorm; `weight` is `[hidden]`.
+    pub fn rms(weight: Vec<f32>, eps: f64) -> Self {
+        Norm { weight: weight.into(), bias: None, eps: eps as f32 }
+    }
+
+    /// LayerNorm; both are `[hidden]`.
+    pub fn layer(weight: Vec<f32>, bias: Vec<f32>, eps: f64) -> Self {
+        Norm { weight: weight.into(), bias: Some(bias.into()), eps: eps as f32 }
     }
 
     /// x `[m, hidden]` -> `[m, hidden]`.
@@ -22,38 +32,103 @@ impl RmsNorm {
     }
 }
 
-impl CustomOp1 for RmsNorm {
+impl CustomOp1 for Norm {
     fn name(&self) -> &'static str {
-        "rms_norm"
+        "norm"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(x, layout, "rms_norm")?;
+        let x = f32_slice(x, layout, "norm")?;
         let (m, hidden) = layout.shape().dims2()?;
-        if hidden != self.weight.len() {
-            bail!("rms_norm: x is [{m}, {hidden}], the weight [{}]", self.weight.len());
+        if hidden != self.weight.len() || self.bias.as_ref().is_some_and(|b| b.len() != hidden) {
+            bail!("norm: x is [{m}, {hidden}], the weight [{}]", self.weight.len());
         }
         let mut y = vec![0f32; x.len()];
-        rms_norm(x, &self.weight, self.eps, &mut y);
+        match &self.bias {
+            None => rms_norm(x, &self.weight, self.eps, &mut y),
+            Some(bias) => layer_norm(x, &self.weight, bias, self.eps, &mut y),
+        }
         Ok((CpuStorage::F32(y), (m, hidden).into()))
     }
+}
+
+/// RMSNorm of each query and key head by itself, before RoPE (Qwen3, Gemma 3).
+#[derive(Clone)]
+pub struct HeadNorm {
+    /// `[head_dim]`
+    q: Arc<[f32]>,
+    /// `[head_dim]`
+    k: Arc<[f32]>,
+    eps: f32,
+    heads: usize,
+    kv_heads: usize,
+}
+
+impl HeadNorm {
+    /// `q` and `k` are `[head_dim]`; a row starts with `heads` query heads, then `kv_heads` key heads.
+    pub fn new(q: Vec<f32>, k: Vec<f32>, eps: f64, heads: usize, kv_heads: usize) -> Self {
+        HeadNorm { q: q.into(), k: k.into(), eps: eps as f32, heads, kv_heads }
+    }
+
+    /// `[m, width]`, `[q heads | k heads | v heads]` -> the same with q and k normed.
+    pub fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
+        qkv.apply_op1(self.clone())
+    }
+}
+
+impl CustomOp1 for HeadNorm {
+    fn name(&self) -> &'static str {
+        "head_norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice(x, layout, "head_norm")?;
+        let (m, width) = layout.shape().dims2()?;
+        let (q, k) = (self.heads * self.q.len(), self.kv_heads * self.k.len());
+        if q + k > width {
+            bail!("head_norm: x is [{m}, {width}], {} query and {} key heads", self.heads, self.kv_heads);
+        }
+        let mut y = x.to_vec();
+        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            rms_norm(&x[..q], &self.q, self.eps, &mut y[..q]);
+            rms_norm(&x[q..q + k], &self.k, self.eps, &mut y[q..q + k]);
+        }
+        Ok((CpuStorage::F32(y), (m, width).into()))
+    }
+}
+
+/// 16 partial sums, folded in one order: the same bits on every instruction set.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0f32; 16];
+    for chunk in x.chunks(16) {
+        for (sum, v) in sums.iter_mut().zip(chunk) {
+            *sum += f(*v);
+        }
+    }
+    sums.iter().sum()
 }
 
 simd! {
     fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
         let hidden = weight.len();
         for (x, y) in x.chunks_exact(hidden).zip(y.chunks_exact_mut(hidden)) {
-            // 16 partial sums, folded in one order: the same bits on every instruction set.
-            let mut sums = [0f32; 16];
-            for chunk in x.chunks(16) {
-                for (sum, v) in sums.iter_mut().zip(chunk) {
-                    *sum += v * v;
-                }
-            }
-            let mean = sums.iter().sum::<f32>() / hidden as f32;
-            let scale = 1.0 / (mean + eps).sqrt();
+            let scale = 1.0 / (sum(x, |v| v * v) / hidden as f32 + eps).sqrt();
             for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
                 *y = x * scale * w;
+            }
+        }
+    }
+}
+
+simd! {
+    fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) {
+        let hidden = weight.len();
+        for (x, y) in x.chunks_exact(hidden).zip(y.chunks_exact_mut(hidden)) {
+            let mean = sum(x, |v| v) / hidden as f32;
+            let scale = 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / hidden as f32 + eps).sqrt();
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                *y = (x - mean) * scale * w + b;
             }
         }
     }
@@ -65,19 +140,50 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
+    fn rows(width: usize) -> (Vec<f32>, Tensor) {
+        let x: Vec<f32> = (0..2 * width).map(|i| (i as f32 * 0.37).sin() * 3.0 + 0.5).collect();
+        let t = Tensor::from_slice(&x, (2, width), &Device::Cpu).unwrap();
+        (x, t)
+    }
+
+    fn weight(n: usize, from: f32) -> Vec<f32> {
+        (0..n).map(|i| from + i as f32 / 50.0).collect()
+    }
+
     #[test]
-    fn agrees_with_f64() {
-        let x: Vec<f32> = (0..2 * 37).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        let w: Vec<f32> = (0..37).map(|i| 1.0 + i as f32 / 50.0).collect();
-        let t = Tensor::from_slice(&x, (2, 37), &Device::Cpu).unwrap();
-        let y = RmsNorm::new(w.clone(), 1e-5).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+    fn agree_with_f64() {
+        let (x, t) = rows(37);
+        let (w, b) = (weight(37, 1.0), weight(37, -0.3));
+        let rms = Norm::rms(w.clone(), 1e-5).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        let layer = Norm::layer(w.clone(), b.clone(), 1e-5).forward(&t).unwrap().to_vec2::<f32>().unwrap();
         for r in 0..2 {
-            let row = &x[r * 37..][..37];
-            let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 37.0;
+            let row: Vec<f64> = x[r * 37..][..37].iter().map(|v| f64::from(*v)).collect();
+            let mean = row.iter().sum::<f64>() / 37.0;
+            let square = row.iter().map(|v| v * v).sum::<f64>() / 37.0;
+            let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 37.0;
             for i in 0..37 {
-                let want = f64::from(row[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]);
-                assert!((f64::from(y[r][i]) - want).abs() < 1e-6);
+                let (w, b) = (f64::from(w[i]), f64::from(b[i]));
+                assert!((f64::from(rms[r][i]) - row[i] / (square + 1e-5).sqrt() * w).abs() < 1e-6);
+                let want = (row[i] - mean) / (var + 1e-5).sqrt() * w + b;
+                assert!((f64::from(layer[r][i]) - want).abs() < 1e-6);
             }
+        }
+    }
+
+    #[test]
+    fn head_norm_is_rms_norm_of_each_head_and_leaves_v() {
+        // 2 query heads, 1 key head, 1 value head of 5.
+        let (x, t) = rows(20);
+        let (q, k) = (weight(5, 1.0), weight(5, 2.0));
+        let y = HeadNorm::new(q.clone(), k.clone(), 1e-6, 2, 1).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        for r in 0..2 {
+            for (head, w) in [(0, &q), (1, &q), (2, &k)] {
+                let part = &x[r * 20 + head * 5..][..5];
+                let t = Tensor::from_slice(part, (1, 5), &Device::Cpu).unwrap();
+                let want = Norm::rms(w.clone(), 1e-6).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+                assert_eq!(y[r][head * 5..][..5], want[0]);
+            }
+            assert_eq!(y[r][15..], x[r * 20 + 15..][..5]);
         }
     }
 }

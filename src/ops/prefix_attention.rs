@@ -1,7 +1,10 @@
-//! `prefix_attention`: paged attention over a ragged batch, full over the adapter's prefix, causal over own rows.
+//! `prefix_attention`: paged attention over a ragged batch, full over the adapter's prefix, causal over own rows (or,
+//! for an encoder, full over them too).
 //!
-//! For query row i of a sequence with prefix length P, own index t and head h:
-//! o = sum_j softmax_j(q . k_j * scale) v_j over the P prefix slots and own slots 0..=t.
+//! For a query row of a sequence with prefix length P, own index t and head h:
+//! o = sum_j softmax_j(cap(q . k_j * scale)) v_j over the P prefix slots and own slots 0..=t, where cap(s) is s or
+//! c tanh(s / c). With a window of w the row at i = P + t sees slot j iff j > i - w: the prefix counts, and leaves
+//! the window like any key.
 //!
 //! # Fixed splits
 //! The keys of a sequence are cut at the prefix's end and at every 256 slots of either part. Each span
@@ -58,6 +61,19 @@ pub struct SequenceView {
     pub own_pages: Range<usize>,
 }
 
+/// How a layer attends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Scores are multiplied by this.
+    pub scale: f32,
+    /// Scores s become c tanh(s / c).
+    pub soft_cap: Option<f32>,
+    /// Slots that a row sees, itself included.
+    pub window: Option<usize>,
+    /// A row sees no later one; `false`: all rows of a sequence see each other, and come in one batch.
+    pub causal: bool,
+}
+
 /// The work list of one step; every layer uses the same.
 pub struct Plan {
     sequences: Vec<SequenceView>,
@@ -66,12 +82,11 @@ pub struct Plan {
     work: Vec<(usize, usize, Range<usize>)>,
     layout: KvLayout,
     heads: usize,
-    scale: f32,
 }
 
 impl Plan {
-    /// `heads` query heads read `layout.kv_heads` KV heads, `heads / kv_heads` each; scores are multiplied by `scale`.
-    pub fn new(sequences: Vec<SequenceView>, pages: Vec<u32>, layout: KvLayout, heads: usize, scale: f32) -> Self {
+    /// `heads` query heads read `layout.kv_heads` KV heads, `heads / kv_heads` each.
+    pub fn new(sequences: Vec<SequenceView>, pages: Vec<u32>, layout: KvLayout, heads: usize) -> Self {
         let mut work = Vec::new();
         for (i, s) in sequences.iter().enumerate() {
             for start in s.rows.clone().step_by(ROWS) {
@@ -84,12 +99,13 @@ impl Plan {
             rows.len() * (s.prefix_len + s.first + rows.end - s.rows.start)
         };
         work.sort_by_key(|w| std::cmp::Reverse(cost(w)));
-        Plan { sequences, pages, work, layout, heads, scale }
+        Plan { sequences, pages, work, layout, heads }
     }
 }
 
 struct PrefixAttention {
     plan: Arc<Plan>,
+    attention: Attention,
     cpu: Arc<Cpu>,
 }
 
@@ -99,9 +115,10 @@ pub fn prefix_attention(
     keys: &Tensor,
     values: &Tensor,
     plan: &Arc<Plan>,
+    attention: Attention,
     cpu: &Arc<Cpu>,
 ) -> Result<Tensor> {
-    qkv.apply_op3(keys, values, PrefixAttention { plan: plan.clone(), cpu: cpu.clone() })
+    qkv.apply_op3(keys, values, PrefixAttention { plan: plan.clone(), attention, cpu: cpu.clone() })
 }
 
 impl CustomOp3 for PrefixAttention {
@@ -130,6 +147,7 @@ impl CustomOp3 for PrefixAttention {
             keys: f32_slice(keys, keys_l, "prefix_attention")?,
             values: f32_slice(values, values_l, "prefix_attention")?,
             plan,
+            attention: self.attention,
         };
         plan.check(m, input.keys.len() / plan.layout.page_len())?;
         let mut out = vec![0f32; m * plan.heads * head_dim];
@@ -163,6 +181,7 @@ struct Input<'a> {
     keys: &'a [f32],
     values: &'a [f32],
     plan: &'a Plan,
+    attention: Attention,
 }
 
 impl Input<'_> {
@@ -186,23 +205,34 @@ impl Input<'_> {
     /// All query heads of one row that read `kv_head`; `out` `[group, head_dim]`.
     fn row(&self, s: &SequenceView, kv_head: usize, row: usize, out: &mut [f32]) {
         let (plan, dim) = (self.plan, self.plan.layout.head_dim);
-        let own = s.first + row - s.rows.start + 1;
+        let position = s.first + row - s.rows.start;
+        let own = if self.attention.causal { position + 1 } else { s.first + s.rows.len() };
+        // Slots before this one have left the window.
+        let seen = self.attention.window.map_or(0, |w| (s.prefix_len + position + 1).saturating_sub(w));
         for (g, out) in out.chunks_exact_mut(dim).enumerate() {
             let head = kv_head * (plan.heads / plan.layout.kv_heads) + g;
             let query = &self.qkv[row * self.width + head * dim..][..dim];
             let mut sum = Partial { max: f32::NEG_INFINITY, sum: 0.0 };
-            for (pages, len) in [(&s.prefix_pages, s.prefix_len), (&s.own_pages, own)] {
-                for start in (0..len).step_by(SPAN) {
+            let parts = [(&s.prefix_pages, s.prefix_len, seen), (&s.own_pages, own, seen.saturating_sub(s.prefix_len))];
+            for (pages, len, seen) in parts {
+                // Spans start where they always start, in the window or not: that keeps their bits.
+                for start in (seen / SPAN * SPAN..len).step_by(SPAN) {
+                    let first = seen.saturating_sub(start);
+                    if first >= len - start {
+                        continue;
+                    }
                     let pages = &plan.pages[pages.clone()][start / PAGE..];
                     let len = SPAN.min(len - start);
                     let span = Span {
                         keys: self.keys,
                         values: self.values,
                         pages: &pages[..len.div_ceil(PAGE)],
+                        first,
                         len,
                         page_len: plan.layout.page_len(),
                         head: kv_head * dim * PAGE,
-                        scale: plan.scale,
+                        scale: self.attention.scale,
+                        soft_cap: self.attention.soft_cap,
                     };
                     add_span(&span, query, &mut sum, out);
                 }
@@ -218,11 +248,14 @@ struct Span<'a> {
     keys: &'a [f32],
     values: &'a [f32],
     pages: &'a [u32],
+    /// Slots before it are not seen.
+    first: usize,
     len: usize,
     page_len: usize,
     /// First element of the head within a page.
     head: usize,
     scale: f32,
+    soft_cap: Option<f32>,
 }
 
 /// Largest score so far, and the sum of exponentials relative to it.
@@ -238,7 +271,7 @@ simd! {
         let mut scores = [f32::NEG_INFINITY; SPAN];
         let page = |i: usize| span.pages[i] as usize * span.page_len + span.head;
         // Four pages at a time hide the latency of the additions; each score is its own sum over ascending d.
-        let mut p = 0;
+        let mut p = span.first / PAGE;
         while p < span.pages.len() {
             let last = span.pages.len() - 1;
             let k: [&[f32]; 4] = std::array::from_fn(|i| &span.keys[page((p + i).min(last))..][..dim * PAGE]);
@@ -254,12 +287,18 @@ simd! {
                 for (l, a) in acc.iter().enumerate() {
                     let slot = (p + i) * PAGE + l;
                     // Slots past the end may hold NaN.
-                    scores[slot] = if slot < span.len { a * span.scale } else { f32::NEG_INFINITY };
+                    let seen = slot >= span.first && slot < span.len;
+                    scores[slot] = if seen { a * span.scale } else { f32::NEG_INFINITY };
                 }
             }
             p += 4;
         }
         let padded = &mut scores[..span.pages.len() * PAGE];
+        if let Some(cap) = span.soft_cap {
+            for s in padded.iter_mut().filter(|s| **s > f32::NEG_INFINITY) {
+                *s = cap * float::tanh(*s / cap);
+            }
+        }
         let mut max = [f32::NEG_INFINITY; PAGE];
         for chunk in padded.chunks_exact(PAGE) {
             max.iter_mut().zip(chunk).for_each(|(m, s)| *m = if *s > *m { *s } else { *m });
@@ -292,7 +331,8 @@ simd! {
     }
 }
 
-/// Elements `d..d + N` of the span's weighted sum of V, over ascending slots, merged into `out`. Returns N.
+/// Elements `d..d + N` of the span's weighted sum of V, over ascending slots, merged into `out`. Returns N. Slots
+/// that are not seen have the weight 0.
 #[inline(always)]
 fn weighted<const N: usize>(
     span: &Span<'_>,

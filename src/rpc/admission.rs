@@ -3,7 +3,7 @@
 use super::call::Call;
 use super::convert::{self, Prompt, Room, Target};
 use super::proto;
-use crate::adapter::{Adapter, Generation, Registry};
+use crate::adapter::{Adapter, Generation, InputRow, Registry};
 use crate::config::Limits;
 use crate::engine::request::{Request, Sampling, Stopping};
 use crate::error::{Error, Result};
@@ -290,7 +290,9 @@ fn sequence(
         id: Arc::clone(&call.id),
         tenant: adapter.as_ref().map_or("", |a| a.id.as_str()).into(),
         prefix: adapter.as_ref().and_then(|a| a.prefix.clone()),
-        tokens,
+        input: tokens.into_iter().map(InputRow::Token).collect(),
+        soft: None,
+        head: None,
         sampling,
         stopping,
         score_from: None,

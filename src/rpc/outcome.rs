@@ -11,6 +11,8 @@ use tokio::sync::mpsc::Receiver;
 pub struct Outcome {
     /// Log-probabilities of given tokens, if asked for.
     pub scored: Vec<TokenLogprob>,
+    /// Logits of the classes, if a head classified it.
+    pub pooled: Vec<f32>,
     /// Generated tokens.
     pub tokens: Vec<TokenLogprob>,
     /// Generated text.
@@ -60,17 +62,18 @@ pub fn stopped() -> Error {
 }
 
 async fn collect(receiver: &mut Receiver<Event>) -> Result<Outcome> {
-    let (mut scored, mut tokens, mut text) = (Vec::new(), Vec::new(), String::new());
+    let (mut scored, mut pooled, mut tokens, mut text) = (Vec::new(), Vec::new(), Vec::new(), String::new());
     loop {
         match receiver.recv().await.ok_or_else(stopped)? {
             Event::Scored(logprobs) => scored = logprobs,
+            Event::Pooled(logits) => pooled = logits,
             Event::Token { token, text: piece } => {
                 tokens.push(token);
                 text.push_str(&piece);
             }
             Event::Finished(finish) => {
                 text.push_str(&finish.text);
-                return Ok(Outcome { scored, tokens, text, finish });
+                return Ok(Outcome { scored, pooled, tokens, text, finish });
             }
             Event::Failed(error) => return Err(error),
         }

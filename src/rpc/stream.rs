@@ -75,6 +75,8 @@ impl Answer {
                 let message = proto::GenerateStreamResponse { input_logprobs, ..self.message() };
                 self.ready.push_back(message);
             }
+            // A stream never asks for a class.
+            Event::Pooled(_) => {}
             Event::Token { token, text } => self.token(index, &token, text),
             Event::Finished(finish) => self.finished(index, finish),
             Event::Failed(error) => self.fail(error),

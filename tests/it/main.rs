@@ -9,6 +9,7 @@ mod hot_load;
 mod invariance;
 mod layers;
 mod oracle;
+mod readme;
 mod served;
 mod stories;
 mod support;

@@ -78,6 +78,23 @@ fn oracle_peft() {
         }
         let name = model_dir.to_str().unwrap();
         let model = support::load(name, DtypeChoice::Auto);
+        if model.info().encoder {
+            let dir = model_dir.join("oracle_base");
+            let oracle = json(&dir.join("oracle.json"));
+            let file = std::fs::read(dir.join("oracle.safetensors")).unwrap();
+            let tensors = SafeTensors::deserialize(&file).unwrap();
+            let head = model.head().cloned();
+            let engine = engine(model, 16_384);
+            for (i, prompt) in oracle["prompts"].as_array().unwrap().iter().enumerate() {
+                let mut r = request(None, &ids(&prompt["input_ids"]), 0);
+                r.head = head.clone();
+                let got = ask_all(&engine.handle(), vec![r]).remove(0).pooled;
+                let want = tensors.tensor(&format!("p{i}.logits")).unwrap();
+                let want: Vec<f32> = want.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+                println!("{got:?} {want:?}");
+            }
+            continue;
+        }
         let mut prefixes = Vec::new();
         for dir in folders(&model_dir) {
             let oracle = json(&dir.join("oracle.json"));

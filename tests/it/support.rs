@@ -55,7 +55,7 @@ pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec
             prefix_len: 0,
             prefix_pages: &[],
             own_pages: &prefix_pages,
-            scored: 0..inputs.len(),
+            wanted: 0..inputs.len(),
             sampled: false,
         };
         if !inputs.is_empty() {
@@ -70,7 +70,7 @@ pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec
         prefix_len,
         prefix_pages: &prefix_pages,
         own_pages: &own_pages,
-        scored: 0..inputs.len(),
+        wanted: 0..inputs.len(),
         sampled: false,
     };
     out.extend(run(model, &rows, &kv));
@@ -103,7 +103,9 @@ pub fn request(prefix: Option<Arc<Prefix>>, tokens: &[u32], max_new_tokens: usiz
         id: "test".into(),
         tenant: prefix.as_ref().map_or(String::new(), |p| p.digest.to_string()).into(),
         prefix,
-        tokens: tokens.to_vec(),
+        input: tokens.iter().map(|id| InputRow::Token(*id)).collect(),
+        soft: None,
+        head: None,
         sampling: Sampling::default(),
         stopping: Stopping { max_new_tokens, ignore_eos: true, ..Stopping::default() },
         score_from: None,
@@ -118,6 +120,8 @@ pub fn request(prefix: Option<Arc<Prefix>>, tokens: &[u32], max_new_tokens: usiz
 pub struct Answer {
     pub tokens: Vec<TokenLogprob>,
     pub scored: Vec<TokenLogprob>,
+    /// Logits of the classes.
+    pub pooled: Vec<f32>,
     pub text: String,
     pub finish: Finish,
 }
@@ -136,17 +140,18 @@ pub fn ask_all(engine: &EngineHandle, requests: Vec<Request>) -> Vec<Answer> {
 }
 
 pub fn collect(mut events: tokio::sync::mpsc::Receiver<Event>) -> Answer {
-    let (mut tokens, mut scored, mut text) = (Vec::new(), Vec::new(), String::new());
+    let (mut tokens, mut scored, mut pooled, mut text) = (Vec::new(), Vec::new(), Vec::new(), String::new());
     loop {
         match events.blocking_recv().expect("the engine ends every request") {
             Event::Scored(s) => scored = s,
+            Event::Pooled(logits) => pooled = logits,
             Event::Token { token, text: piece } => {
                 tokens.push(token);
                 text += &piece;
             }
             Event::Finished(finish) => {
                 text += &finish.text;
-                return Answer { tokens, scored, text, finish };
+                return Answer { tokens, scored, pooled, text, finish };
             }
             Event::Failed(e) => panic!("{e}"),
         }

@@ -1,6 +1,6 @@
 //! One sequence in the scheduler's books.
-use super::NewSequence;
-use crate::adapter::Prefix;
+use super::{NewSequence, Pooling};
+use crate::adapter::{InputRow, Prefix, SoftPrompt};
 use crate::kv::block_allocator::BlockHash;
 use crate::kv::{PAGE_TOKENS, PageId};
 use std::ops::Range;
@@ -12,7 +12,9 @@ pub struct Entry {
     pub(super) tenant: Arc<str>,
     pub(super) prefix: Option<Arc<Prefix>>,
     /// Prompt, then generated tokens.
-    pub(super) tokens: Vec<u32>,
+    pub(super) tokens: Vec<InputRow>,
+    soft: Option<Arc<SoftPrompt>>,
+    pooling: Option<Pooling>,
     pub(super) prompt_len: usize,
     pub(super) score_from: Option<usize>,
     pub(super) generates: bool,
@@ -32,10 +34,12 @@ pub struct Entry {
 impl Entry {
     pub(super) fn new(new: NewSequence) -> Self {
         Entry {
-            prompt_len: new.tokens.len(),
+            prompt_len: new.input.len(),
             tenant: new.tenant,
             prefix: new.prefix,
-            tokens: new.tokens,
+            tokens: new.input,
+            soft: new.soft,
+            pooling: new.pooling,
             score_from: new.score_from,
             generates: new.max_new_tokens > 0,
             computed: 0,
@@ -50,12 +54,23 @@ impl Entry {
 
     /// Tokens to compute before something can be sampled, or everything is scored.
     pub(super) fn goal(&self) -> usize {
-        if self.generates { self.tokens.len() } else { self.tokens.len() - 1 }
+        let last_counts = self.generates || self.pooling.is_some();
+        if last_counts { self.tokens.len() } else { self.tokens.len() - 1 }
+    }
+
+    /// All rows must run in one step.
+    pub(super) fn whole(&self) -> bool {
+        self.pooling == Some(Pooling::First)
     }
 
     /// Prompt and generated tokens.
-    pub fn tokens(&self) -> &[u32] {
+    pub fn tokens(&self) -> &[InputRow] {
         &self.tokens
+    }
+
+    /// The embeddings of its virtual tokens.
+    pub fn soft(&self) -> Option<&Arc<SoftPrompt>> {
+        self.soft.as_ref()
     }
 
     /// Own pages.
@@ -78,6 +93,14 @@ impl Entry {
         self.cached
     }
 
+    /// The row of `chunk` that is classified.
+    pub fn pooled(&self, chunk: &Range<usize>) -> Option<usize> {
+        match self.pooling? {
+            Pooling::First => Some(0),
+            Pooling::Last => (chunk.end == self.tokens.len()).then(|| chunk.end - 1),
+        }
+    }
+
     /// Rows of `chunk` whose logits are scored, then whether the last row is sampled.
     pub fn logits(&self, chunk: &Range<usize>) -> (Range<usize>, bool) {
         let sample = self.generates && chunk.end == self.tokens.len();
@@ -91,7 +114,8 @@ impl Entry {
 
     /// Continues the hash chain to `blocks` full blocks.
     pub(super) fn extend_hashes(&mut self, blocks: usize) {
-        let root = || BlockHash::root(self.prefix.as_ref().map(|p| p.digest));
+        let soft = self.soft.as_ref().map(|s| s.digest);
+        let root = || BlockHash::root(self.prefix.as_ref().map(|p| p.digest), soft);
         let mut hash = self.hashes.last().copied().unwrap_or_else(root);
         for block in self.hashes.len()..blocks {
             hash = hash.child(&self.tokens[block * PAGE_TOKENS..(block + 1) * PAGE_TOKENS]);

@@ -52,7 +52,7 @@ impl Scheduler {
             // It may have been preempted for an older one.
             let Some(e) = self.sequences.get(&id).filter(|e| e.running) else { return };
             let end = e.goal().min(e.computed + *budget);
-            if end == e.computed {
+            if end == e.computed || e.whole() && end < e.goal() {
                 return;
             }
             if self.grow(id, end, step) {
@@ -136,7 +136,10 @@ impl Scheduler {
                         continue;
                     }
                 }
-                if *budget == 0 {
+                let e = &self.sequences[&id];
+                // What must run whole waits for a step that has room for it; an empty one always has.
+                let short = e.whole() && e.goal() > *budget && *budget < self.config.max_batch_tokens;
+                if *budget == 0 || short {
                     return;
                 }
                 if !self.start(id, step) {
@@ -144,7 +147,7 @@ impl Scheduler {
                 }
                 self.queue.pop(&tenant);
                 let e = &self.sequences[&id];
-                let end = e.goal().min(e.computed + *budget);
+                let end = if e.whole() { e.goal() } else { e.goal().min(e.computed + *budget) };
                 if self.grow(id, end, step) {
                     self.run(id, end, budget, step);
                 }
@@ -178,7 +181,7 @@ impl Scheduler {
         }
         let Some(e) = self.sequences.get_mut(&id) else { return false };
         let mut found = Vec::new();
-        if self.config.prefix_caching {
+        if self.config.prefix_caching && !e.whole() {
             // The last token is always computed: its logits are wanted. So are those that are scored.
             let last = e.goal().saturating_sub(1).min(e.score_from.map_or(usize::MAX, |from| from - 1));
             e.extend_hashes(last / PAGE_TOKENS);
@@ -238,7 +241,7 @@ impl Scheduler {
         e.charged = e.charged.max(end);
         self.counters.prompt_tokens += prompt as u64;
         self.queue.charge(&e.tenant, prompt as u64 + (new - prompt) as u64 * DECODE_COST);
-        *budget -= rows.len();
+        *budget = budget.saturating_sub(rows.len());
         step.sequences.push(Chunk { id, rows });
     }
 

@@ -1,5 +1,5 @@
 //! What goes into the scheduler, and the plan that comes out of it.
-use crate::adapter::{Digest, Prefix};
+use crate::adapter::{Digest, InputRow, Prefix, SoftPrompt};
 use crate::kv::PageId;
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,11 +33,24 @@ pub struct NewSequence {
     /// What it attends to first.
     pub prefix: Option<Arc<Prefix>>,
     /// The prompt.
-    pub tokens: Vec<u32>,
+    pub input: Vec<InputRow>,
+    /// Its virtual tokens.
+    pub soft: Option<Arc<SoftPrompt>>,
+    /// Whose hidden row is classified, if any.
+    pub pooling: Option<Pooling>,
     /// First token whose log-probability is wanted.
     pub score_from: Option<usize>,
     /// New tokens at most; 0: scores only.
     pub max_new_tokens: usize,
+}
+
+/// Which row of a sequence is classified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The last one: it has seen all others.
+    Last,
+    /// The first one of an encoder. All rows see each other, so they run in one step and nothing of them is cached.
+    First,
 }
 
 /// Rows of a sequence in a step.

@@ -25,8 +25,9 @@ fn prefix(tag: u32, stored: usize, rows: usize) -> Arc<Prefix> {
 }
 
 fn sequence(tenant: &str, prefix: Option<Arc<Prefix>>, prompt: usize, new: usize) -> NewSequence {
-    let tokens = (0..prompt as u32).collect();
-    NewSequence { tenant: tenant.into(), prefix, tokens, score_from: None, max_new_tokens: new }
+    let input = (0..prompt as u32).map(InputRow::Token).collect();
+    let tenant = tenant.into();
+    NewSequence { tenant, prefix, input, soft: None, pooling: None, score_from: None, max_new_tokens: new }
 }
 
 /// A scheduler and, for each sequence, how many tokens it still wants.

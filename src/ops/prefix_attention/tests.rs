@@ -9,7 +9,10 @@ struct Case {
     layout: KvLayout,
     /// (prefix length, own length)
     sequences: Vec<(usize, usize)>,
+    attention: Attention,
 }
+
+const PLAIN: Attention = Attention { scale: 0.3, soft_cap: None, window: None, causal: true };
 
 /// Rows of q, k, v for every own position of every sequence, and K, V of the prefixes.
 struct Data {
@@ -103,8 +106,9 @@ impl Case {
             }
             let m = rows.len() / w;
             let qkv = Tensor::from_vec(rows, (m, w), &Device::Cpu).unwrap();
-            let plan = Arc::new(Plan::new(views, pages, self.layout, self.heads, 0.3));
-            let o = prefix_attention(&qkv, &keys, &values, &plan, &cpu).unwrap().to_vec2::<f32>().unwrap();
+            let plan = Arc::new(Plan::new(views, pages, self.layout, self.heads));
+            let o =
+                prefix_attention(&qkv, &keys, &values, &plan, self.attention, &cpu).unwrap().to_vec2::<f32>().unwrap();
             who.into_iter().for_each(|(i, r)| o[r].iter().for_each(|row| out[i].extend(row)));
         }
         out
@@ -124,7 +128,14 @@ impl Case {
                         &source[j * w + column..][..dim]
                     };
                     let dot = |k: &[f32]| q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-                    let e: Vec<f64> = (0..p + row + 1).map(|j| (dot(kv(j, 0)) * 0.3f32 as f64).exp()).collect();
+                    let Attention { scale, soft_cap, window, causal } = self.attention;
+                    let score = |j: usize| {
+                        let s = dot(kv(j, 0)) * f64::from(scale);
+                        let s = soft_cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh());
+                        let seen = (!causal || j <= p + row) && window.is_none_or(|w| j + w > p + row);
+                        if seen { s.exp() } else { 0.0 }
+                    };
+                    let e: Vec<f64> = (0..p + t).map(score).collect();
                     let sum: f64 = e.iter().sum();
                     for d in 0..dim {
                         rows.push(e.iter().enumerate().map(|(j, e)| e * f64::from(kv(j, 1)[d])).sum::<f64>() / sum);
@@ -142,12 +153,19 @@ fn cases() -> Vec<Case> {
         heads,
         layout: KvLayout { kv_heads, head_dim },
         sequences: sequences.to_vec(),
+        attention: PLAIN,
     };
+    let window = |w, case: Case| Case { attention: Attention { window: Some(w), ..PLAIN }, ..case };
     vec![
         case(2, 1, 8, &[(0, 1), (1, 1), (16, 17), (5, 33)]),
         case(6, 2, 32, &[(20, 40), (0, 70), (300, 3)]),
         case(4, 4, 80, &[(17, 20), (64, 5)]),
         case(2, 2, 64, &[(0, 270), (257, 2)]),
+        window(1, case(2, 1, 8, &[(0, 1), (3, 20)])),
+        window(12, case(2, 1, 8, &[(0, 30), (5, 33), (16, 4), (40, 3)])),
+        window(70, case(2, 2, 16, &[(300, 90), (0, 280), (200, 1)])),
+        window(300, case(2, 1, 16, &[(270, 60), (0, 330)])),
+        Case { attention: Attention { soft_cap: Some(0.7), window: Some(9), ..PLAIN }, ..case(2, 1, 8, &[(5, 33)]) },
     ]
 }
 
@@ -159,6 +177,21 @@ fn agrees_with_naive_f64() {
         for (g, w) in got.iter().flatten().zip(case.reference(&data).iter().flatten()) {
             assert!((f64::from(*g) - w).abs() < 2e-6, "{g} {w}");
         }
+    }
+}
+
+/// An encoder's rows see each other and the prefix.
+#[test]
+fn bidirectional_agrees_with_naive_f64() {
+    let case = Case {
+        heads: 4,
+        layout: KvLayout { kv_heads: 4, head_dim: 16 },
+        sequences: vec![(0, 5), (8, 40), (3, 1), (0, 300)],
+        attention: Attention { causal: false, ..PLAIN },
+    };
+    let data = case.data();
+    for (g, w) in case.run(&data, 1000, 2, 1).iter().flatten().zip(case.reference(&data).iter().flatten()) {
+        assert!((f64::from(*g) - w).abs() < 2e-6, "{g} {w}");
     }
 }
 
@@ -191,7 +224,7 @@ fn a_plan_that_does_not_fit_is_an_error() {
     for (rows, own, pages) in
         [(0..1, 0..0, vec![]), (0..1, 0..1, vec![9]), (0..2, 0..1, vec![0]), (1..2, 0..1, vec![0])]
     {
-        let plan = Arc::new(Plan::new(vec![view(rows, own)], pages, layout, 1, 1.0));
-        assert!(prefix_attention(&qkv, &keys, &values, &plan, &Cpu::new(1)).is_err());
+        let plan = Arc::new(Plan::new(vec![view(rows, own)], pages, layout, 1));
+        assert!(prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Cpu::new(1)).is_err());
     }
 }

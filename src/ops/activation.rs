@@ -1,0 +1,153 @@
+//! `activation`: the nonlinearity of a feed-forward layer, elementwise or times a second half.
+//!
+//! Gated: y = f(gate) * up, of a fused projection `[gate | up]` (SwiGLU and GeGLU, Shazeer 2020). Plain: y = f(x).
+use super::{Pool, Shared, f32_slice, float, linear::Cpu};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use std::sync::Arc;
+
+/// Rows in one unit of work.
+const ROWS: usize = 8;
+
+/// f, by transformers' names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Function {
+    /// x / (1 + e^-x): `silu`, `swish`.
+    Silu,
+    /// x (1 + erf(x / sqrt 2)) / 2: `gelu`.
+    Gelu,
+    /// x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: `gelu_new`, `gelu_pytorch_tanh`, `gelu_fast`.
+    GeluTanh,
+    /// max(x, 0): `relu`.
+    Relu,
+}
+
+impl Function {
+    /// By the name in a `config.json`.
+    pub fn parse(name: &str) -> Option<Self> {
+        Some(match name {
+            "silu" | "swish" => Function::Silu,
+            "gelu" => Function::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_accurate" => Function::GeluTanh,
+            "relu" => Function::Relu,
+            _ => return None,
+        })
+    }
+}
+
+/// The op; it has no weights.
+#[derive(Clone)]
+pub struct Activation {
+    function: Function,
+    /// Rows are `[gate | up]`.
+    gated: bool,
+    cpu: Arc<Cpu>,
+}
+
+impl Activation {
+    /// Runs on the model's threads.
+    pub fn new(function: Function, gated: bool, cpu: &Arc<Cpu>) -> Self {
+        Activation { function, gated, cpu: cpu.clone() }
+    }
+
+    /// x `[m, intermediate]`, twice as wide if gated -> `[m, intermediate]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.apply_op1(self.clone())
+    }
+
+    /// One row; `up` is empty if not gated.
+    fn row(&self, x: &[f32], up: &[f32], y: &mut [f32]) {
+        match self.function {
+            Function::Silu => silu(x, up, y),
+            Function::Gelu => gelu(x, up, y),
+            Function::GeluTanh => gelu_tanh(x, up, y),
+            Function::Relu => relu(x, up, y),
+        }
+    }
+}
+
+impl CustomOp1 for Activation {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice(x, layout, "activation")?;
+        let (m, width) = layout.shape().dims2()?;
+        if self.gated && width % 2 != 0 {
+            bail!("activation: x is [{m}, {width}], the width of [gate | up] must be even");
+        }
+        let out_width = if self.gated { width / 2 } else { width };
+        let mut y = vec![0f32; m * out_width];
+        let out = Shared(y.as_mut_ptr());
+        let pool: &Pool = &self.cpu.pool;
+        pool.for_each(m.div_ceil(ROWS), |i| {
+            for r in i * ROWS..m.min((i + 1) * ROWS) {
+                let (gate, up) = x[r * width..(r + 1) * width].split_at(out_width);
+                // SAFETY: each row of y belongs to one unit of work.
+                let y = unsafe { std::slice::from_raw_parts_mut(out.get().add(r * out_width), out_width) };
+                self.row(gate, up, y);
+            }
+        });
+        Ok((CpuStorage::F32(y), (m, out_width).into()))
+    }
+}
+
+macro_rules! activation {
+    ($name:ident, $f:expr) => {
+        simd! {
+            fn $name(x: &[f32], up: &[f32], y: &mut [f32]) {
+                let f = $f;
+                if up.is_empty() {
+                    y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x));
+                } else {
+                    y.iter_mut().zip(x).zip(up).for_each(|((y, x), u)| *y = f(*x) * u);
+                }
+            }
+        }
+    };
+}
+
+activation!(silu, float::silu);
+activation!(gelu, |x: f32| 0.5 * x * (1.0 + float::erf(x * std::f32::consts::FRAC_1_SQRT_2)));
+activation!(gelu_tanh, |x: f32| 0.5 * x * (1.0 + float::tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))));
+activation!(relu, |x: f32| if x > 0.0 { x } else { 0.0 });
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn agree_with_f64() {
+        let gelu_tanh =
+            |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+        // erf by the difference quotient is no reference; candle's own gelu_erf is.
+        let erf = |x: f64| Tensor::new(x, &Device::Cpu).unwrap().gelu_erf().unwrap().to_scalar::<f64>().unwrap();
+        type Reference<'a> = &'a dyn Fn(f64) -> f64;
+        let cases: [(Function, Reference<'_>); 4] = [
+            (Function::Silu, &|x| x / (1.0 + (-x).exp())),
+            (Function::Gelu, &erf),
+            (Function::GeluTanh, &gelu_tanh),
+            (Function::Relu, &|x| x.max(0.0)),
+        ];
+        let (m, n) = (19, 21);
+        let x: Vec<f32> = (0..m * 2 * n).map(|i| (i as f32 * 0.7).sin() * 12.0).collect();
+        for (function, want) in cases {
+            let cpu = Cpu::new(2);
+            let wide = Tensor::from_slice(&x, (m, 2 * n), &Device::Cpu).unwrap();
+            let plain = Activation::new(function, false, &cpu).forward(&wide).unwrap().to_vec2::<f32>().unwrap();
+            let gated = Activation::new(function, true, &cpu).forward(&wide).unwrap().to_vec2::<f32>().unwrap();
+            for (i, row) in x.chunks(2 * n).enumerate() {
+                for j in 0..2 * n {
+                    let f = want(f64::from(row[j]));
+                    assert!((f64::from(plain[i][j]) - f).abs() < 2e-6, "{function:?} of {}", row[j]);
+                    if j < n {
+                        let f = f * f64::from(row[n + j]);
+                        assert!((f64::from(gated[i][j]) - f).abs() < 2e-5, "{function:?} of {}", row[j]);
+                    }
+                }
+            }
+        }
+    }
+}

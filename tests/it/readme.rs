@@ -1,0 +1,35 @@
+//! The README's tables of families and adapter kinds say what the code has.
+use prefixd::model::config::{FAMILIES, Family, Positions, Residual};
+
+/// The lines between `<!-- name -->` and `<!-- end name -->` of the README.
+fn block(name: &str) -> String {
+    let readme = std::fs::read_to_string("README.md").unwrap();
+    let (_, rest) = readme.split_once(&format!("<!-- {name} -->\n")).unwrap_or_else(|| panic!("README has no {name}"));
+    rest.split_once(&format!("<!-- end {name} -->")).unwrap().0.to_owned()
+}
+
+fn facts(f: &Family) -> String {
+    let positions = match f.positions {
+        Positions::Rotary(1.0) => "RoPE".to_owned(),
+        Positions::Rotary(share) => format!("RoPE on {:.0} % of a head", share * 100.0),
+        Positions::RotaryByLayer => "RoPE by kind of layer".to_owned(),
+        Positions::Learned(_) => "learned positions".to_owned(),
+    };
+    let mut all = vec![positions];
+    let mut add = |yes: bool, what: &str| all.extend(yes.then(|| what.to_owned()));
+    add(f.windows != prefixd::model::config::Windows::Never, "sliding windows");
+    add(f.head_norm, "q/k norm");
+    add(f.residual == Residual::Parallel, "parallel residual");
+    add(f.scaled_embedding, "scaled token embeddings");
+    add(f.encoder, "encoder: Classify only");
+    all.join(", ")
+}
+
+#[test]
+fn families_are_those_of_the_code() {
+    let mut want = String::from("| family | `architectures` | |\n|---|---|---|\n");
+    for f in FAMILIES {
+        want += &format!("| {} | {} | {} |\n", f.name, f.architectures.join(", "), facts(f));
+    }
+    assert!(block("families") == want, "the README's table should be:\n{want}");
+}
