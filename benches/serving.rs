@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use prefixd::adapter::{KvRows, Prefix, load_folder};
+use prefixd::adapter::{InputRow, KvRows, Prefix, load_folder};
 use prefixd::config::EngineConfig;
 use prefixd::engine::request::{Event, Request, Sampling, Stopping};
 use prefixd::engine::{Engine, EngineHandle};
@@ -91,7 +91,9 @@ fn generate(engine: &EngineHandle, tokens: usize) -> usize {
         id: "bench".into(),
         tenant: "".into(),
         prefix: None,
-        tokens: vec![5 + i; 30],
+        input: vec![InputRow::Token(5 + i); 30],
+        soft: None,
+        head: None,
         sampling: Sampling::default(),
         stopping: Stopping { max_new_tokens: tokens, ignore_eos: true, ..Stopping::default() },
         score_from: None,

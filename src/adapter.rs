@@ -3,9 +3,13 @@
 //! Whatever the kind (text prefix, prompt tuning, P-tuning, prefix-tuning), an adapter becomes one
 //! [`Prefix`]: rows of K and V that every request of the task attends to, given either as stored rows
 //! ([`KvRows`]) or as input rows that the frozen model runs once ([`InputRow`]).
+pub mod convert;
 mod head;
-mod peft;
+mod multitask;
+pub mod peft;
+mod placed;
 pub mod registry;
+mod stack;
 pub mod store;
 mod task;
 pub mod watch;
@@ -16,10 +20,12 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use head::Head;
+pub use multitask::Tasks;
 pub use peft::{Loaded, load as load_folder};
+pub use placed::Placed;
 pub use registry::{Registry, State, Status, Ticket};
 pub use store::{Staging, Store};
-pub use task::{CardSampling, CardStopping, TaskCard};
+pub use task::{CardSampling, CardStopping, Piece, TaskCard};
 
 /// The name of an adapter: `[A-Za-z0-9][A-Za-z0-9._-]*`, at most 128 bytes. Never a path.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -108,9 +114,26 @@ pub enum Method {
     PTuning,
     PrefixTuning,
     MultitaskPromptTuning,
+    Cpt,
+    Cartridge,
 }
 
 impl Method {
+    /// All with weights, in the order of our messages.
+    pub const PEFT: [Method; 6] = [
+        Method::PromptTuning,
+        Method::PTuning,
+        Method::PrefixTuning,
+        Method::Cartridge,
+        Method::Cpt,
+        Method::MultitaskPromptTuning,
+    ];
+
+    /// Whether the adapter stores K and V of every layer; the others store input rows.
+    pub fn is_kv(self) -> bool {
+        matches!(self, Method::PrefixTuning | Method::Cartridge)
+    }
+
     /// PEFT's spelling (`TEXT` for text-only task cards).
     pub fn as_str(self) -> &'static str {
         match self {
@@ -119,6 +142,8 @@ impl Method {
             Method::PTuning => "P_TUNING",
             Method::PrefixTuning => "PREFIX_TUNING",
             Method::MultitaskPromptTuning => "MULTITASK_PROMPT_TUNING",
+            Method::Cpt => "CPT",
+            Method::Cartridge => "CARTRIDGE",
         }
     }
 }
@@ -153,6 +178,16 @@ pub struct SoftPrompt {
     pub len: usize,
 }
 
+impl SoftPrompt {
+    /// `rows` `[len, hidden_size]`.
+    pub fn new(rows: Vec<f32>, len: usize) -> Self {
+        let mut h = blake3::Hasher::new();
+        h.update(b"soft prompt");
+        hash_floats(&mut h, b"rows", &rows);
+        SoftPrompt { digest: Digest(*h.finalize().as_bytes()), rows: rows.into(), len }
+    }
+}
+
 impl fmt::Debug for SoftPrompt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SoftPrompt({}, {} rows)", self.digest, self.len)
@@ -181,17 +216,8 @@ impl Prefix {
             return None;
         }
         let mut h = blake3::Hasher::new();
-        let mut floats = |tag: &[u8], v: &[f32]| {
-            h.update(tag).update(&(v.len() as u64).to_le_bytes());
-            let mut bytes = Vec::with_capacity(4096);
-            for chunk in v.chunks(1024) {
-                bytes.clear();
-                chunk.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
-                h.update(&bytes);
-            }
-        };
-        floats(b"kv", kv.as_ref().map_or(&[], |kv| &kv.data));
-        floats(b"soft", &soft);
+        hash_floats(&mut h, b"kv", kv.as_ref().map_or(&[], |kv| &kv.data));
+        hash_floats(&mut h, b"soft", &soft);
         for row in &rows {
             match row {
                 InputRow::Token(id) => h.update(b"t").update(&id.to_le_bytes()),
@@ -224,6 +250,16 @@ impl fmt::Debug for Prefix {
     }
 }
 
+fn hash_floats(h: &mut blake3::Hasher, tag: &[u8], values: &[f32]) {
+    h.update(tag).update(&(values.len() as u64).to_le_bytes());
+    let mut bytes = Vec::with_capacity(4096);
+    for chunk in values.chunks(1024) {
+        bytes.clear();
+        chunk.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
+        h.update(&bytes);
+    }
+}
+
 /// One loaded generation of a task adapter. Immutable; requests hold it by [`Arc`].
 #[derive(Debug)]
 pub struct Adapter {
@@ -237,6 +273,38 @@ pub struct Adapter {
     pub num_virtual_tokens: usize,
     /// Template, labels, defaults.
     pub card: TaskCard,
-    /// `None` for a card without prefix text (a template alone).
+    /// Of the card's task. `None` for a card without prefix text (a template alone), and where all there is are
+    /// virtual tokens among the request's own rows.
     pub prefix: Option<Arc<Prefix>>,
+    /// Of the card's task: virtual tokens that stand among a request's own rows.
+    pub soft: Option<Arc<SoftPrompt>>,
+    /// Classify answers through it.
+    pub head: Option<Arc<Head>>,
+    /// The tasks that requests may choose from: [`Method::MultitaskPromptTuning`].
+    pub tasks: Option<Arc<Tasks>>,
+}
+
+impl Adapter {
+    /// What the virtual tokens became for a task; `None`: the card's.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming `task_id` and the number of tasks; also where the adapter has no tasks at all.
+    pub fn placed(&self, task_id: Option<u32>) -> Result<Placed> {
+        let own = || Placed { prefix: self.prefix.clone(), soft: self.soft.clone() };
+        match (&self.tasks, task_id) {
+            (_, None) => Ok(own()),
+            (Some(_), Some(task)) if task as usize == self.card.task_id => Ok(own()),
+            (Some(tasks), Some(task)) => tasks.placed(task),
+            (None, Some(task)) => {
+                let (id, method) = (&self.id, self.method.as_str());
+                let rule = format!("but adapter `{id}` ({method}) has no tasks; only MULTITASK_PROMPT_TUNING has");
+                Err(Error::invalid("task_id", task, rule))
+            }
+        }
+    }
+
+    /// The prefix of a task; see [`Adapter::placed`].
+    pub fn prefix_of(&self, task_id: Option<u32>) -> Result<Option<Arc<Prefix>>> {
+        Ok(self.placed(task_id)?.prefix)
+    }
 }

@@ -52,7 +52,7 @@ enum Command {
     Classify(score::Classify),
     /// Show how a text is tokenised.
     Tokenize(info::Tokenize),
-    /// List, load, upload and unload adapters.
+    /// List, load, upload, unload and convert adapters.
     #[command(subcommand)]
     Adapters(adapters::Adapters),
     /// The model, the limits and the version of a server.

@@ -97,6 +97,8 @@ impl Server {
         let info = model.info().clone();
         progress(Progress::ModelReady(&info));
         let (tokenizer, shape) = (model.tokenizer().clone(), model.shape());
+        let encoder = shape.encoder;
+        let classifier = model.head().map(|head| (head.clone(), info.labels.clone()));
         let engine_config = config.engine.clone();
         let engine = blocking(move || Engine::start(model, &engine_config)).await?;
 
@@ -126,6 +128,8 @@ impl Server {
             limits: config.limits.clone(),
             max_model_len: handle.max_model_len(),
             vocab_size: info.vocab_size,
+            encoder,
+            classifier,
         });
         let services = Services {
             inference: Inference { admission, engine: handle.clone(), drain: drain.clone() },
@@ -250,6 +254,8 @@ fn facts(info: &ModelInfo, config: &Config, engine: &EngineHandle) -> proto::Get
             vocab_size: info.vocab_size as u32,
             dtype: info.dtype.into(),
             device: info.device.clone(),
+            encoder: info.encoder,
+            labels: info.labels.clone(),
         }),
         limits: Some(proto::Limits {
             max_model_len: engine.max_model_len() as u32,

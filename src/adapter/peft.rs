@@ -4,17 +4,28 @@
 //! Two kinds of failure are kept apart: a file that is malformed by itself is `InvalidArgument`, one that
 //! is sound but made for another base or another method is `FailedPrecondition`.
 mod config;
+mod heads;
+mod place;
+mod save;
 mod weights;
 
-use super::{BaseShape, InputRow, KvRows, Method, Prefix, TaskCard};
+use super::multitask::Tasks;
+use super::placed::Placement;
+use super::{Adapter, AdapterId, BaseShape, Generation, Head, KvRows, Method, Placed, Prefix, SoftPrompt, TaskCard};
 use crate::error::{Context, Error, Kind, Result};
 use crate::tokenizer::Tokenizer;
 use config::PeftConfig;
+use heads::HeadNames;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use weights::Weights;
+
+pub(super) use config::method_of as config_method;
+pub(super) use heads::module as head_module;
+pub use save::{SavedAdapter, SavedBase, SavedTensor, save};
+pub(super) use weights::{SERVED_DTYPES, is_prompt_tensor};
 
 /// PEFT's settings.
 pub(super) const CONFIG_FILE: &str = "adapter_config.json";
@@ -36,12 +47,26 @@ pub struct Loaded {
     pub card: TaskCard,
     /// `None` where a card has neither prefix text nor weights.
     pub prefix: Option<Arc<Prefix>>,
+    /// Virtual tokens that stand among a request's own rows.
+    pub soft: Option<Arc<SoftPrompt>>,
+    /// The trained classifier.
+    pub head: Option<Arc<Head>>,
+    /// The tasks of a multitask prompt; `prefix` and `soft` are the card's.
+    pub tasks: Option<Arc<Tasks>>,
+}
+
+impl Loaded {
+    /// The adapter of that name and load.
+    pub fn into_adapter(self, id: AdapterId, generation: Generation) -> Adapter {
+        let Loaded { method, num_virtual_tokens, card, prefix, soft, head, tasks } = self;
+        Adapter { id, generation, method, num_virtual_tokens, card, prefix, soft, head, tasks }
+    }
 }
 
 /// Reads the adapter in `dir` for the base of `shape`.
 ///
-/// Text of the card follows the virtual tokens and has no special tokens of its own; alone it starts with
-/// the tokenizer's (BOS). The prefix leaves at least one position of `shape.max_model_len` to requests.
+/// Text of the card follows the virtual tokens and has no special tokens of its own; where it stands first (alone, or
+/// as `prefix_before`) it starts with the tokenizer's (BOS). The prefix leaves at least one position of `shape.max_model_len` to requests.
 ///
 /// # Errors
 /// `NotFound` for a folder without adapter files; `InvalidArgument` for a malformed file, pickled weights
@@ -80,102 +105,66 @@ pub fn load(dir: &Path, shape: &BaseShape, tokenizer: &Tokenizer) -> Result<Load
 fn with_weights(
     config: &PeftConfig,
     weights: &Weights,
-    card: TaskCard,
+    mut card: TaskCard,
     shape: &BaseShape,
     tokenizer: &Tokenizer,
 ) -> Result<Loaded> {
     let (method, n) = (config.method, config.num_virtual_tokens);
-    weights.check_names(method == Method::MultitaskPromptTuning)?;
+    let names = if config.classifies { HeadNames::find(&weights.names())? } else { HeadNames::default() };
+    weights.check_names(config, &names)?;
     let width = config.width(shape);
-    let mut prompt = weights
+    let prompt = weights
         .floats("prompt_embeddings", &config.prompt_rule(shape), |dims| config.check_prompt(dims, width, shape))?;
-    if method == Method::MultitaskPromptTuning {
-        scale_to_task(&mut prompt, weights, card.task_id, n, width)?;
-    }
-    let mut text_rows = Vec::new();
-    if card.has_prefix_text() {
-        let prefix = card.prefix.as_deref().unwrap_or("");
-        text_rows.extend(tokenizer.encode(prefix, false)?.into_iter().map(InputRow::Token));
-        control_rows(&card, tokenizer, &mut text_rows)?;
-    }
-    check_length(n, text_rows.len(), shape)?;
-    let prefix = if method == Method::PrefixTuning {
-        Prefix::new(Some(KvRows { len: n, data: prompt.into() }), text_rows, Arc::new([]))
+    let placement = place::placement(&mut card, method, n, shape, tokenizer)?;
+    let head = names.load(weights, &card, shape)?.map(Arc::new);
+    let mut tasks = None;
+    let Placed { prefix, soft } = if method == Method::MultitaskPromptTuning {
+        let (all, placed) = read_tasks(prompt, placement, weights, &card, n, width)?;
+        tasks = Some(Arc::new(all));
+        placed
+    } else if method.is_kv() {
+        placement.kv(KvRows { len: n, data: prompt.into() })
     } else {
-        let soft = (0..n as u32).map(InputRow::Soft);
-        Prefix::new(None, soft.chain(text_rows).collect(), prompt.into())
+        placement.soft(prompt, n)
     };
-    Ok(Loaded { method, num_virtual_tokens: n, card, prefix: prefix.map(Arc::new) })
+    Ok(Loaded { method, num_virtual_tokens: n, card, prefix, soft, head, tasks })
 }
 
-fn text_only(card: TaskCard, shape: &BaseShape, tokenizer: &Tokenizer) -> Result<Loaded> {
-    let mut rows = Vec::new();
-    if card.has_prefix_text() {
-        let prefix = card.prefix.as_deref().unwrap_or("");
-        rows.extend(tokenizer.encode(prefix, true)?.into_iter().map(InputRow::Token));
-        control_rows(&card, tokenizer, &mut rows)?;
-    }
-    check_length(0, rows.len(), shape)?;
-    let prefix = Prefix::new(None, rows, Arc::new([])).map(Arc::new);
-    Ok(Loaded { method: Method::Text, num_virtual_tokens: 0, card, prefix })
+fn text_only(mut card: TaskCard, shape: &BaseShape, tokenizer: &Tokenizer) -> Result<Loaded> {
+    let placement = place::placement(&mut card, Method::Text, 0, shape, tokenizer)?;
+    let Placed { prefix, soft } = placement.text();
+    Ok(Loaded { method: Method::Text, num_virtual_tokens: 0, card, prefix, soft, head: None, tasks: None })
 }
 
-fn control_rows(card: &TaskCard, tokenizer: &Tokenizer, rows: &mut Vec<InputRow>) -> Result<()> {
-    for (i, token) in card.control_tokens.iter().enumerate() {
-        let id = tokenizer.token_to_id(token).ok_or_else(|| {
-            let n = tokenizer.encode(token, false).map_or(0, |ids| ids.len());
-            Error::precondition(format!(
-                "task.toml: `control_tokens[{i}]` is {token:?}, which is no token of the base's vocabulary \
-                 (as text it takes {n})"
-            ))
-        })?;
-        rows.push(InputRow::Token(id));
-    }
-    Ok(())
-}
-
-/// prompt of task t = E * (cols[t] @ rows[t]), elementwise: `[n, d]` scaled by a matrix of low rank.
-fn scale_to_task(prompt: &mut [f32], weights: &Weights, task: usize, n: usize, d: usize) -> Result<()> {
-    let (mut tasks, mut rank) = (0, 0);
+/// The tasks around the shared `prompt` `[n, d]`, and what the card's became.
+fn read_tasks(
+    prompt: Vec<f32>,
+    placement: Placement,
+    weights: &Weights,
+    card: &TaskCard,
+    n: usize,
+    d: usize,
+) -> Result<(Tasks, Placed)> {
+    let (mut count, mut rank) = (0, 0);
     let cols = weights.floats("prefix_task_cols", "[tasks, num_virtual_tokens, rank]", |dims| {
-        (tasks, rank) = (dims[0], dims[2]);
-        Weights::same("prefix_task_cols", dims, &[tasks, n, rank])
+        (count, rank) = (dims[0], dims[2]);
+        Weights::same("prefix_task_cols", dims, &[count, n, rank])
     })?;
     let rows = weights.floats("prefix_task_rows", "[tasks, rank, hidden_size]", |dims| {
-        Weights::same("prefix_task_rows", dims, &[tasks, rank, d])
+        Weights::same("prefix_task_rows", dims, &[count, rank, d])
     })?;
-    if task >= tasks {
+    let task = card.task_id;
+    if task >= count {
         return Err(Error::precondition(format!(
-            "task.toml: `task_id` is {task}, the adapter has {tasks} tasks, counted from 0"
+            "task.toml: `task_id` is {task}, the adapter has {count} tasks, counted from 0"
         )));
     }
-    // cols[t]: [n, rank], rows[t]: [rank, d].
-    let (cols, rows) = (&cols[task * n * rank..][..n * rank], &rows[task * rank * d..][..rank * d]);
-    for (row, prompt) in prompt.chunks_exact_mut(d).enumerate() {
-        for (col, value) in prompt.iter_mut().enumerate() {
-            let scale: f32 = (0..rank).map(|r| cols[row * rank + r] * rows[r * d + col]).sum();
-            *value *= scale;
-            if !value.is_finite() {
-                return Err(Error::new(
-                    Kind::InvalidArgument,
-                    format!("{WEIGHTS_FILE}: prompt of task {task} at [{row}, {col}] is {value}, must be finite"),
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn check_length(virtual_tokens: usize, text: usize, shape: &BaseShape) -> Result<()> {
-    let (len, max) = (virtual_tokens + text, shape.max_model_len);
-    if len < max {
-        return Ok(());
-    }
-    Err(Error::precondition(format!(
-        "the prefix has {len} positions ({virtual_tokens} virtual tokens, {text} of text), base `{}` has \
-         {max} in all and a request needs at least one",
-        shape.name
-    )))
+    let tasks = Tasks { count, len: n, rank, shared: prompt, cols, rows, placement, composed: Mutex::default() };
+    let placed = tasks.compose(task).map_err(|(row, col, value)| {
+        let text = format!("{WEIGHTS_FILE}: prompt of task {task} at [{row}, {col}] is {value}, must be finite");
+        Error::new(Kind::InvalidArgument, text)
+    })?;
+    Ok((tasks, placed))
 }
 
 fn missing(file: &str, beside: &str) -> Error {
@@ -201,8 +190,8 @@ fn refuse_pickle(name: &str) -> Error {
     Error::new(
         Kind::InvalidArgument,
         format!(
-            "{name} is a pickle, which can run code when it is opened, so it is not read; convert it where \
-             you trust it: `safetensors.torch.save_file(torch.load(\"{name}\", weights_only=True), \
+            "{name} is a pickle, which can run code when it is opened, so it is not read; make a folder of it with \
+             `prefixd adapters convert`, or convert it where you trust it: `safetensors.torch.save_file(torch.load(\"{name}\", weights_only=True), \
              \"{WEIGHTS_FILE}\")`, or save again with PEFT's `save_pretrained(..., safe_serialization=True)`"
         ),
     )

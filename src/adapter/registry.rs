@@ -7,10 +7,11 @@
 //! begin_load -> LOADING -> publish -> READY -> unload -> UNLOADING -> (last request ends) gone
 //!                      \-> fail ---> FAILED (an older READY keeps serving)
 //! ```
+mod stacks;
 mod status;
 mod ticket;
 
-use super::{Adapter, AdapterId, Generation};
+use super::{Adapter, AdapterId, Generation, Prefix};
 use crate::error::{Error, Result};
 use dashmap::DashMap;
 use std::collections::BTreeSet;
@@ -30,6 +31,7 @@ pub struct Registry {
     max_adapters: usize,
     /// Held while a new id is counted against `max_adapters`.
     admission: Mutex<()>,
+    stacks: stacks::Stacks,
 }
 
 /// All generations of one id that are known. Never all empty while in the table.
@@ -68,6 +70,7 @@ impl Registry {
             generation: AtomicU64::new(0),
             max_adapters,
             admission: Mutex::new(()),
+            stacks: stacks::Stacks::default(),
         })
     }
 
@@ -135,6 +138,11 @@ impl Registry {
             }
         }
         Err(self.unknown(id)) // after the guard: this walks the table
+    }
+
+    /// The prefixes one after the other ([`Prefix::stack`]). Equal lists share one copy while someone holds it.
+    pub fn stack(&self, parts: &[Arc<Prefix>]) -> Result<Arc<Prefix>> {
+        self.stacks.get(parts)
     }
 
     /// Stops serving `id`; requests that hold it run on. Without `generation`, loads of it still under way

@@ -8,7 +8,8 @@ use super::Method;
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 use std::collections::HashSet;
-use template::Template;
+use std::ops::Range;
+use template::{Marker, Part, Template};
 
 /// A card beside an adapter's weights, or alone: then the adapter is its text.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -17,10 +18,20 @@ pub struct TaskCard {
     /// One sentence for whoever lists adapters.
     #[serde(default)]
     pub description: String,
-    /// Text that belongs to the adapter's own prefix: computed once, shared by every request.
+    /// Text that belongs to the adapter's own prefix: computed once, shared by every request. It follows the virtual
+    /// tokens.
     pub prefix: Option<String>,
-    /// minijinja source, `input` being the request's prompt; `None`: the prompt as it is.
+    /// The same in front of the virtual tokens. It starts with the tokenizer's special tokens.
+    pub prefix_before: Option<String>,
+    /// minijinja source, `input` being the request's prompt; `None`: the prompt as it is. `{{ virtual }}`, or
+    /// `{{ virtual_0 }}`... with `virtual_token_splits`, are the places of virtual tokens.
     template: Option<Template>,
+    /// Virtual tokens at each of the places `{{ virtual_0 }}`, `{{ virtual_1 }}`...
+    #[serde(default)]
+    virtual_token_splits: Vec<u32>,
+    /// Set by [`TaskCard::bind`].
+    #[serde(skip)]
+    num_virtual_tokens: u32,
     /// Whether a request's own text gets the tokenizer's special tokens; see
     /// [`TaskCard::adds_special_tokens`].
     pub add_special_tokens: Option<bool>,
@@ -68,6 +79,15 @@ pub struct CardSampling {
     pub repetition_penalty: Option<f32>,
 }
 
+/// A piece of a rendered request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// To be tokenised by itself.
+    Text(String),
+    /// Rows of the adapter's virtual tokens.
+    Virtual(Range<u32>),
+}
+
 impl TaskCard {
     /// Longest `task.toml` in bytes.
     pub const MAX_BYTES: usize = 1 << 20;
@@ -88,15 +108,40 @@ impl TaskCard {
         Ok(card)
     }
 
-    /// The text sent to the model for a request whose prompt is `input`.
+    /// What is sent to the model for a request whose prompt is `input`, in order.
     ///
     /// # Errors
     /// `InvalidArgument` if the template fails on this input or passes [`TaskCard::MAX_RENDERED_BYTES`].
-    pub fn render(&self, input: &str) -> Result<String> {
-        match &self.template {
-            Some(template) => template.render(input),
-            None => Ok(input.to_owned()),
-        }
+    pub fn render(&self, input: &str) -> Result<Vec<Piece>> {
+        let Some(template) = &self.template else { return Ok(vec![Piece::Text(input.to_owned())]) };
+        let piece = |part| match part {
+            Part::Text(text) => Piece::Text(text),
+            Part::Marker(Marker::All) => Piece::Virtual(0..self.num_virtual_tokens),
+            Part::Marker(Marker::Split(i)) => {
+                let start = self.virtual_token_splits[..i as usize].iter().sum();
+                Piece::Virtual(start..start + self.virtual_token_splits[i as usize])
+            }
+        };
+        Ok(template.render(input)?.into_iter().map(piece).collect())
+    }
+
+    /// Whether the template has places for virtual tokens.
+    pub fn places_virtual_tokens(&self) -> bool {
+        self.template.as_ref().is_some_and(|template| template.markers().next().is_some())
+    }
+
+    /// Tells the card how many virtual tokens its adapter has.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `virtual_token_splits` has another sum.
+    pub(super) fn bind(&mut self, num_virtual_tokens: usize) -> Result<()> {
+        let splits = &self.virtual_token_splits;
+        let sum: u64 = splits.iter().map(|&n| u64::from(n)).sum();
+        require(splits.is_empty() || sum == num_virtual_tokens as u64, || {
+            format!("`virtual_token_splits` {splits:?} sums to {sum}, `num_virtual_tokens` is {num_virtual_tokens}")
+        })?;
+        self.num_virtual_tokens = num_virtual_tokens as u32; // below the longest sequence
+        Ok(())
     }
 
     /// Longest text that [`TaskCard::render`] makes.
@@ -105,6 +150,11 @@ impl TaskCard {
     /// What Classify scores for each label: `verbalizers`, or the labels themselves.
     pub fn verbalizers(&self) -> &[String] {
         if self.verbalizers.is_empty() { &self.labels } else { &self.verbalizers }
+    }
+
+    /// Whether labels have other texts than their names.
+    pub fn has_verbalizers(&self) -> bool {
+        !self.verbalizers.is_empty()
     }
 
     /// Default stopping.
@@ -117,17 +167,28 @@ impl TaskCard {
         &self.sampling
     }
 
-    /// Whether there are tokens of text in the adapter's own prefix.
+    /// Whether there are tokens of text in the adapter's own prefix, after its virtual tokens.
     pub fn has_prefix_text(&self) -> bool {
         self.prefix.as_ref().is_some_and(|text| !text.is_empty()) || !self.control_tokens.is_empty()
     }
 
+    /// Whether there is text before the virtual tokens.
+    pub fn has_text_before(&self) -> bool {
+        self.prefix_before.as_ref().is_some_and(|text| !text.is_empty())
+    }
+
+    /// Whether prefix text, and with it the special tokens (BOS), stands first of all.
+    pub fn begins_with_text(&self, method: Method) -> bool {
+        let no_virtual_tokens = method == Method::Text || self.places_virtual_tokens();
+        self.has_text_before() || no_virtual_tokens && self.has_prefix_text()
+    }
+
     /// Whether a request's own text is tokenised with special tokens (BOS).
     ///
-    /// The card decides if it says so. Otherwise a text-only adapter with prefix text has its BOS in the
-    /// prefix already, so `false`; after virtual tokens PEFT's inputs keep theirs, so `true`.
+    /// The card decides if it says so. Otherwise prefix text that stands first has the BOS already, so `false`;
+    /// after virtual tokens PEFT's inputs keep theirs, so `true`.
     pub fn adds_special_tokens(&self, method: Method) -> bool {
-        self.add_special_tokens.unwrap_or(method != Method::Text || !self.has_prefix_text())
+        self.add_special_tokens.unwrap_or(!self.begins_with_text(method))
     }
 
     fn check(&self) -> Result<()> {
@@ -146,8 +207,41 @@ impl TaskCard {
         for (i, token) in self.control_tokens.iter().enumerate() {
             require(!token.is_empty(), || format!("`control_tokens[{i}]` is empty"))?;
         }
+        self.check_markers()?;
         self.stopping.check()?;
         self.sampling.check()
+    }
+
+    /// Each place exactly once: `{{ virtual }}`, or one for each split.
+    fn check_markers(&self) -> Result<()> {
+        let markers: Vec<Marker> = self.template.iter().flat_map(Template::markers).collect();
+        let splits = self.virtual_token_splits.len();
+        let times = |marker: Marker| markers.iter().filter(|&&m| m == marker).count();
+        for &marker in &markers {
+            let name = marker.name();
+            match marker {
+                Marker::All => require(splits == 0, || {
+                    format!(
+                        "`template` has `{{{{ virtual }}}}`, with `virtual_token_splits` the places are \
+                         `{{{{ virtual_0 }}}}` to `{{{{ virtual_{} }}}}`",
+                        splits - 1
+                    )
+                })?,
+                Marker::Split(i) => require((i as usize) < splits, || {
+                    format!("`template` has `{{{{ {name} }}}}`, `virtual_token_splits` has {splits} entries")
+                })?,
+            }
+            let n = times(marker);
+            require(n == 1, || format!("`template` has `{{{{ {name} }}}}` {n} times, must have it once"))?;
+        }
+        for (i, &n) in self.virtual_token_splits.iter().enumerate() {
+            require(n > 0, || format!("`virtual_token_splits[{i}]` is 0, must be at least 1"))?;
+            let there = times(Marker::Split(i as u32));
+            require(there == 1, || {
+                format!("`virtual_token_splits` has {splits} entries, `template` has no `{{{{ virtual_{i} }}}}`")
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -201,90 +295,4 @@ fn describe(text: &str, e: &toml::de::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    const FULL: &str = r#"
-description = "sentiment of a review"
-prefix = "Reviews and their sentiment.\n"
-template = "{{ input }}\n=>"
-add_special_tokens = false
-labels = ["positive", "negative"]
-verbalizers = [" positive", " negative"]
-task_id = 2
-control_tokens = ["<json>"]
-[stopping]
-stop_sequences = ["\n"]
-max_new_tokens = 48
-[sampling]
-temperature = 0.5
-top_k = 40
-top_p = 0.9
-min_p = 0.05
-repetition_penalty = 1.1
-"#;
-
-    #[test]
-    fn every_key_is_read() {
-        let card = TaskCard::parse(FULL).unwrap();
-        assert_eq!(card.description, "sentiment of a review");
-        assert_eq!(card.render("good").unwrap(), "good\n=>");
-        assert_eq!(card.labels, ["positive", "negative"]);
-        assert_eq!(card.verbalizers(), [" positive", " negative"]);
-        assert_eq!((card.task_id, &card.control_tokens[..]), (2, &["<json>".to_owned()][..]));
-        assert_eq!(card.stopping().stop_sequences, ["\n"]);
-        assert_eq!(card.stopping().max_new_tokens, Some(48));
-        let s = card.sampling();
-        assert_eq!((s.temperature, s.top_k, s.top_p), (Some(0.5), Some(40), Some(0.9)));
-        assert_eq!((s.min_p, s.repetition_penalty), (Some(0.05), Some(1.1)));
-    }
-
-    #[test]
-    fn nothing_is_required() {
-        let card = TaskCard::parse("").unwrap();
-        assert_eq!(card.render("as {{ it }} is").unwrap(), "as {{ it }} is");
-        assert!(card.verbalizers().is_empty() && !card.has_prefix_text());
-        assert_eq!(TaskCard::parse("labels = ['a']").unwrap().verbalizers(), ["a"]);
-        assert_eq!(TaskCard::default().render("x").unwrap(), "x");
-    }
-
-    #[test]
-    fn special_tokens_follow_prefix_text_and_method() {
-        let adds = |text: &str, method| TaskCard::parse(text).unwrap().adds_special_tokens(method);
-        assert!(adds("", Method::Text));
-        assert!(!adds("prefix = 'a'", Method::Text));
-        assert!(!adds("control_tokens = ['a']", Method::Text));
-        assert!(adds("prefix = 'a'", Method::PromptTuning));
-        assert!(!adds("add_special_tokens = false", Method::PrefixTuning));
-        assert!(adds("prefix = 'a'\nadd_special_tokens = true", Method::Text));
-    }
-
-    #[test]
-    fn refusals_name_the_key_and_the_rule() {
-        let cases = [
-            ("descripton = 'x'", "line 1 (`descripton = 'x'`): unknown field `descripton`"),
-            ("\n[stopping]\nmax_new_tokens = 'x'", "line 3 (`max_new_tokens = 'x'`)"),
-            ("[stopping]\nmax_new_tokens = -1", "line 2"),
-            ("[stopping]\nmax_new_tokens = 0", "`stopping.max_new_tokens` is 0"),
-            ("[stopping]\nstop_sequences = ['']", "`stopping.stop_sequences[0]` has 0 bytes"),
-            ("[sampling]\ntemperature = nan", "`sampling.temperature` is NaN, must be 0 to 100"),
-            ("[sampling]\ntop_p = 0.0", "`sampling.top_p` is 0,"),
-            ("[sampling]\nmin_p = 1.5", "`sampling.min_p` is 1.5,"),
-            ("[sampling]\nrepetition_penalty = inf", "`sampling.repetition_penalty` is inf"),
-            ("labels = ['a', 'a']", "`labels[1]` is \"a\" once more"),
-            ("labels = ['a']\nverbalizers = ['b', 'c']", "`verbalizers` has 2 entries, `labels` has 1"),
-            ("control_tokens = ['']", "`control_tokens[0]` is empty"),
-            ("template = '{{ input '", "`template`"),
-        ];
-        for (text, expected) in cases {
-            let e = TaskCard::parse(text).unwrap_err();
-            assert_eq!(e.kind(), Kind::InvalidArgument);
-            let message = e.to_string();
-            assert!(message.starts_with("task.toml: ") && message.contains(expected), "{message}");
-            assert!(!message.contains('\n'), "{message}");
-        }
-        let e = TaskCard::parse(&"#".repeat(TaskCard::MAX_BYTES + 1)).unwrap_err();
-        assert!(e.to_string().contains("1048577 bytes, at most 1048576"), "{e}");
-    }
-}
+mod tests;

@@ -1,4 +1,6 @@
-//! `prefixd adapters list|get|load|upload|unload`.
+//! `prefixd adapters list|get|load|upload|unload|convert`.
+mod convert;
+
 use super::client::Connection;
 use super::{Failure, Terminal, json};
 use crate::rpc::proto::{self, upload_adapter_request::Part};
@@ -14,7 +16,7 @@ const CHUNK: usize = 1 << 20;
 const FILES: [&str; 5] =
     ["adapter_config.json", "adapter_model.safetensors", "task.toml", "README.md", "examples.jsonl"];
 
-/// List, load, upload and unload adapters.
+/// List, load, upload, unload and convert adapters.
 #[derive(Debug, Subcommand)]
 pub(super) enum Adapters {
     /// All adapters that the server knows.
@@ -54,6 +56,13 @@ pub(super) enum Adapters {
         #[command(flatten)]
         connection: Connection,
     },
+    /// Make a folder as PEFT writes it of another layout; no server is asked.
+    ///
+    /// Reads a PEFT folder (also one with adapter_model.bin), a prefix encoder's checkpoint (ChatGLM, P-tuning v2:
+    /// prefix_encoder.embedding.weight, with or without its projection) and the decoder.pt of TGIS and caikit.
+    /// .bin, .pt and .pth files are pickles: they are parsed without running what they ask to run. The server itself
+    /// never reads them. What cannot be placed is refused by name.
+    Convert(convert::Convert),
 }
 
 /// Upload a folder and put it in service.
@@ -89,6 +98,7 @@ impl Adapters {
                 show(response.adapter, terminal)
             }
             Adapters::Upload(upload) => upload.run(terminal).await,
+            Adapters::Convert(convert) => convert.run(terminal),
             Adapters::Unload { id, generation, delete, connection } => {
                 let message = proto::UnloadAdapterRequest { adapter_id: id, generation, delete };
                 let request = connection.request(message)?;

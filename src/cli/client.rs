@@ -27,6 +27,17 @@ pub(super) struct Connection {
     pub request_id: Option<String>,
 }
 
+/// Prefixes of other adapters before the task's own, and which of its tasks.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Stack {
+    /// An adapter whose prefix stands before the task's; may be given more than once.
+    #[arg(long = "before", value_name = "ID")]
+    pub prefix_adapters: Vec<String>,
+    /// Which task of a multitask adapter, counted from 0.
+    #[arg(long, requires = "adapter", value_name = "N")]
+    pub task: Option<u32>,
+}
+
 impl Connection {
     pub async fn inference(&self) -> Result<InferenceServiceClient<Channel>, Failure> {
         Ok(InferenceServiceClient::new(connect(&self.server).await?).max_decoding_message_size(usize::MAX))

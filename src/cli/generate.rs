@@ -1,5 +1,5 @@
 //! `prefixd generate`.
-use super::client::{Connection, prompt};
+use super::client::{Connection, Stack, prompt};
 use super::{Failure, Terminal, json};
 use crate::rpc::proto::{self, generate_request::Input};
 use clap::Args;
@@ -20,6 +20,8 @@ pub(super) struct Generate {
     /// Use the prompt as it is, without the adapter's template.
     #[arg(long)]
     skip_template: bool,
+    #[command(flatten)]
+    stack: Stack,
     /// Show the text as it comes.
     #[arg(long)]
     stream: bool,
@@ -143,6 +145,8 @@ impl Generate {
             }),
             adapter_generation: self.generation,
             skip_template: self.skip_template,
+            prefix_adapter_ids: self.stack.prefix_adapters.clone(),
+            task_id: self.stack.task,
         })
     }
 }
@@ -158,6 +162,7 @@ async fn streamed(
     while let Some(message) = stream.message().await? {
         whole.request_id = message.request_id;
         whole.adapter = message.adapter.or(whole.adapter.take());
+        whole.prefix_adapters.extend(message.prefix_adapters);
         whole.input_logprobs.extend(message.input_logprobs);
         if let Some(usage) = message.usage {
             let generated = whole.usage.as_ref().map_or(0, |u| u.generated_tokens) + usage.generated_tokens;

@@ -1,5 +1,5 @@
 //! `prefixd info`, `prefixd stats` and `prefixd tokenize`.
-use super::client::{Connection, prompt};
+use super::client::{Connection, Stack, prompt};
 use super::{Failure, Terminal, json};
 use crate::rpc::proto;
 use clap::Args;
@@ -32,6 +32,8 @@ pub(super) struct Tokenize {
     /// Use the prompt as it is, without the adapter's template.
     #[arg(long)]
     skip_template: bool,
+    #[command(flatten)]
+    stack: Stack,
 }
 
 impl Info {
@@ -64,6 +66,8 @@ impl Tokenize {
             adapter_id: self.adapter.unwrap_or_default(),
             prompt: prompt(&self.prompt)?,
             skip_template: self.skip_template,
+            prefix_adapter_ids: self.stack.prefix_adapters,
+            task_id: self.stack.task,
         };
         let request = self.connection.request(message)?;
         let response = self.connection.inference().await?.tokenize(request).await?.into_inner();

@@ -27,6 +27,7 @@ pub(super) fn generated(r: &proto::GenerateResponse) -> Value {
             "preemptions": t.preemptions,
         })),
         "adapter": adapter_ref(&r.adapter),
+        "prefix_adapters": adapter_refs(&r.prefix_adapters),
     })
 }
 
@@ -48,6 +49,7 @@ pub(super) fn scored(r: &proto::ScoreResponse) -> Value {
         "scores": r.scores.iter().map(score).collect::<Vec<_>>(),
         "usage": usage(&r.usage),
         "adapter": adapter_ref(&r.adapter),
+        "prefix_adapters": adapter_refs(&r.prefix_adapters),
     })
 }
 
@@ -59,11 +61,13 @@ pub(super) fn classified(r: &proto::ClassifyResponse) -> Value {
         "scores": r.scores.iter().map(score).collect::<Vec<_>>(),
         "usage": usage(&r.usage),
         "adapter": adapter_ref(&r.adapter),
+        "prefix_adapters": adapter_refs(&r.prefix_adapters),
     })
 }
 
 pub(super) fn tokenized(r: &proto::TokenizeResponse) -> Value {
-    json!({ "token_ids": r.token_ids, "tokens": r.tokens, "text": r.text, "prefix_tokens": r.prefix_tokens })
+    json!({ "token_ids": r.token_ids, "tokens": r.tokens, "text": r.text, "prefix_tokens": r.prefix_tokens,
+        "virtual_tokens": r.virtual_tokens })
 }
 
 pub(super) fn adapter(a: &proto::Adapter) -> Value {
@@ -98,6 +102,8 @@ pub(super) fn facts(r: &proto::GetServerInfoResponse) -> Value {
             "vocab_size": m.vocab_size,
             "dtype": m.dtype,
             "device": m.device,
+            "encoder": m.encoder,
+            "labels": m.labels,
         })),
         "limits": r.limits.as_ref().map(|l| json!({
             "max_model_len": l.max_model_len,
@@ -159,4 +165,8 @@ fn usage(usage: &Option<proto::Usage>) -> Value {
 fn adapter_ref(adapter: &Option<proto::AdapterRef>) -> Value {
     let Some(a) = adapter else { return Value::Null };
     json!({ "adapter_id": a.adapter_id, "generation": a.generation })
+}
+
+fn adapter_refs(adapters: &[proto::AdapterRef]) -> Value {
+    adapters.iter().map(|a| json!({ "adapter_id": a.adapter_id, "generation": a.generation })).collect()
 }

@@ -1,5 +1,5 @@
 //! `prefixd score` and `prefixd classify`.
-use super::client::{Connection, prompt};
+use super::client::{Connection, Stack, prompt};
 use super::{Failure, Terminal, json};
 use crate::rpc::proto::{self, classify_request, continuation::Content, score_request};
 use clap::Args;
@@ -43,6 +43,8 @@ struct Task {
     /// Use the prompt as it is, without the adapter's template.
     #[arg(long)]
     skip_template: bool,
+    #[command(flatten)]
+    stack: Stack,
 }
 
 impl Score {
@@ -54,6 +56,8 @@ impl Score {
             continuations: self.continuations.iter().map(content).collect(),
             adapter_generation: self.task.generation,
             skip_template: self.task.skip_template,
+            prefix_adapter_ids: self.task.stack.prefix_adapters,
+            task_id: self.task.stack.task,
         };
         let request = self.connection.request(message)?;
         let response = self.connection.inference().await?.score(request).await?.into_inner();
@@ -75,6 +79,8 @@ impl Classify {
             labels: self.labels,
             adapter_generation: self.task.generation,
             skip_template: self.task.skip_template,
+            prefix_adapter_ids: self.task.stack.prefix_adapters,
+            task_id: self.task.stack.task,
         };
         let request = self.connection.request(message)?;
         let response = self.connection.inference().await?.classify(request).await?.into_inner();

@@ -263,8 +263,7 @@ impl AdapterLoader {
         let id = ticket.id().clone();
         let before = self.registry().resolve(&id).ok().map(|adapter| digest(&adapter));
         let generation = ticket.generation();
-        let Loaded { method, num_virtual_tokens, card, prefix } = loaded;
-        let adapter = ticket.publish(Adapter { id: id.clone(), generation, method, num_virtual_tokens, card, prefix });
+        let adapter = ticket.publish(loaded.into_adapter(id.clone(), generation));
         self.inner.known.insert(id, known);
         if let Some(before) = before.filter(|before| *before != digest(&adapter)) {
             self.retire(before);

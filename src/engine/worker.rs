@@ -85,10 +85,7 @@ impl Shared {
                 _ => {}
             }
         }
-        if request.head.is_some() {
-            return self.admit_classified(request);
-        }
-        if self.encoder {
+        if self.encoder && request.head.is_none() {
             return Err(Error::precondition("the base is an encoder: it classifies, and generates or scores nothing"));
         }
         if prefix + prompt + new > self.max_model_len {
@@ -101,17 +98,13 @@ impl Shared {
         }
         let tokens = |from: usize| request.input[from..].iter().all(|r| matches!(r, InputRow::Token(_)));
         let scores = request.score_from.is_some_and(|from| (1..prompt).contains(&from) && tokens(from));
-        if request.score_from.is_some() != scores || new == 0 && !scores {
+        if request.head.is_some() && (scores || new > 0) {
+            return Err(Error::internal("a classified request neither scores nor generates"));
+        }
+        if request.score_from.is_some() != scores || new == 0 && !scores && request.head.is_none() {
             return Err(Error::invalid("prompt", format!("{prompt} tokens"), "leaves nothing to score"));
         }
         request.sampling.validate()
-    }
-
-    fn admit_classified(&self, request: &Request) -> Result<()> {
-        if request.score_from.is_some() || request.stopping.max_new_tokens > 0 {
-            return Err(Error::internal("a classified request neither scores nor generates"));
-        }
-        Ok(())
     }
 }
 

@@ -1,16 +1,19 @@
 //! From a client's request to sequences that the engine may run. Everything that can be refused for its form is
 //! refused here, before the queue.
+mod who;
+
 use super::call::Call;
 use super::convert::{self, Prompt, Room, Target};
 use super::proto;
-use crate::adapter::{Adapter, Generation, InputRow, Registry};
+use crate::adapter::{Head, InputRow, Piece, Registry};
 use crate::config::Limits;
 use crate::engine::request::{Request, Sampling, Stopping};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
-use tracing::Span;
+
+pub use who::Who;
 
 /// Longer texts are tokenised on a thread of their own: about a millisecond of work.
 const SMALL_TEXT: usize = 8 << 10;
@@ -41,14 +44,18 @@ pub struct Parts {
     pub max_model_len: usize,
     /// Token ids of the model.
     pub vocab_size: usize,
+    /// The base classifies and writes nothing.
+    pub encoder: bool,
+    /// The base's own classification head and the names of its classes, if it came with one.
+    pub classifier: Option<(Arc<Head>, Vec<String>)>,
 }
 
 /// An input ready for the engine, and whom it is for.
 pub struct Input {
-    /// None: the bare base. Holding it pins the generation.
-    pub adapter: Option<Arc<Adapter>>,
+    /// Who answers.
+    pub who: Who,
     /// After template and tokenizer; not empty.
-    pub tokens: Vec<u32>,
+    pub rows: Vec<InputRow>,
     /// After the template; empty where token ids were given.
     pub text: String,
 }
@@ -65,7 +72,7 @@ pub struct Wanted {
 /// A `Generate` ready to be submitted.
 pub struct Answering {
     /// Who answers.
-    pub adapter: Option<Arc<Adapter>>,
+    pub who: Who,
     /// One for each choice.
     pub requests: Vec<Request>,
     /// What to return besides the text.
@@ -75,10 +82,10 @@ pub struct Answering {
 /// A `Score` or `Classify` ready to be submitted.
 pub struct Scoring {
     /// Who answers.
-    pub adapter: Option<Arc<Adapter>>,
-    /// One for each continuation.
+    pub who: Who,
+    /// One for each continuation; a single one for a head.
     pub requests: Vec<Request>,
-    /// The labels that the continuations stand for; empty for `Score`.
+    /// The labels that the continuations or the head's logits stand for; empty for `Score`.
     pub labels: Vec<String>,
 }
 
@@ -95,15 +102,21 @@ impl Admission {
 
     /// Checks a `Generate`.
     pub async fn generate(&self, call: &Call, message: proto::GenerateRequest) -> Result<Answering> {
-        let target = Target::new(&message.adapter_id, message.adapter_generation, message.skip_template)?;
+        self.check_writes("Generate")?;
+        let target = Target::new(&message.adapter_id, message.adapter_generation, message.skip_template)?
+            .with(&message.prefix_adapter_ids, message.task_id)?;
         let n = convert::choices(message.sampling.as_ref(), &self.parts.limits)?;
         let output = message.output.unwrap_or_default();
         if output.logprobs.is_some_and(|k| k > MAX_TOP_LOGPROBS) {
             let rule = format!("must be from 0 to {MAX_TOP_LOGPROBS}");
             return Err(Error::invalid("output.logprobs", output.logprobs.unwrap_or(0), rule));
         }
-        let input = self.input(target, message.input.try_into()?).await?;
-        let card = input.adapter.as_ref().map(|a| &a.card);
+        let input = self.input(self.who(&target)?, target.skip_template, message.input.try_into()?).await?;
+        if output.input_logprobs && input.who.soft.is_some() {
+            let rule = "but virtual tokens stand in this adapter's input, and they have no probability";
+            return Err(Error::invalid("output.input_logprobs", true, rule));
+        }
+        let card = input.who.adapter.as_ref().map(|a| &a.card);
         let card_sampling = card.map(|c| *c.sampling()).unwrap_or_default();
         let sampling = convert::sampling(message.sampling.as_ref(), &card_sampling)?;
         let stopping = convert::stopping(
@@ -114,11 +127,11 @@ impl Admission {
             output.input_logprobs,
         )?;
         // The first input token has no log-probability.
-        let score_from = (output.input_logprobs && input.tokens.len() > 1).then_some(1);
+        let score_from = (output.input_logprobs && input.rows.len() > 1).then_some(1);
         let seed = sampling.seed;
         let first = Request {
             top_logprobs: output.logprobs.unwrap_or(0) as usize,
-            ..sequence(call, &input.adapter, input.tokens, sampling, stopping)
+            ..sequence(call, &input.who, input.rows, sampling, stopping)
         };
         let requests = (0..n as u64).map(|i| Request {
             sampling: Sampling { seed: seed.wrapping_add(i), ..first.sampling.clone() },
@@ -126,26 +139,37 @@ impl Admission {
             ..first.clone()
         });
         let wanted = Wanted { logprobs: output.logprobs.is_some(), token_ids: output.token_ids };
-        Ok(Answering { requests: requests.collect(), adapter: input.adapter, wanted })
+        Ok(Answering { requests: requests.collect(), who: input.who, wanted })
     }
 
     /// Checks a `Score`.
     pub async fn score(&self, call: &Call, message: proto::ScoreRequest) -> Result<Scoring> {
-        let target = Target::new(&message.adapter_id, message.adapter_generation, message.skip_template)?;
+        self.check_writes("Score")?;
+        let target = Target::new(&message.adapter_id, message.adapter_generation, message.skip_template)?
+            .with(&message.prefix_adapter_ids, message.task_id)?;
         self.check_continuations("continuations", message.continuations.len())?;
         let continuations = message.continuations.into_iter().map(convert::content).collect::<Result<Vec<_>>>()?;
         let bytes = continuations.iter().map(|c| if let Prompt::Text(t) = c { t.len() } else { 0 }).sum();
         self.check_bytes("continuations", bytes)?;
-        let input = self.input(target, message.input.try_into()?).await?;
+        let input = self.input(self.who(&target)?, target.skip_template, message.input.try_into()?).await?;
         let continuations = self.continuations("continuations", continuations).await?;
         self.scoring(call, input, continuations, Vec::new())
     }
 
     /// Checks a `Classify`.
     pub async fn classify(&self, call: &Call, message: proto::ClassifyRequest) -> Result<Scoring> {
-        let target = Target::new(&message.adapter_id, message.adapter_generation, message.skip_template)?;
-        let adapter = self.resolve(&target)?;
-        let (labels, texts) = match (message.labels, &adapter) {
+        let target = Target::new(&message.adapter_id, message.adapter_generation, message.skip_template)?
+            .with(&message.prefix_adapter_ids, message.task_id)?;
+        let who = self.who(&target)?;
+        let prompt = message.input.try_into()?;
+        if let Some((head, labels)) = self.classifier(&who)? {
+            if !message.labels.is_empty() {
+                let rule = "but a trained head answers here, which has labels of its own";
+                return Err(Error::invalid("labels", format!("a list of {}", message.labels.len()), rule));
+            }
+            return self.pooled(call, self.input(who, target.skip_template, prompt).await?, head, labels);
+        }
+        let (labels, texts) = match (message.labels, &who.adapter) {
             (labels, _) if !labels.is_empty() => (labels.clone(), labels),
             (_, Some(adapter)) if !adapter.card.labels.is_empty() => {
                 (adapter.card.labels.clone(), adapter.card.verbalizers().to_vec())
@@ -154,7 +178,7 @@ impl Admission {
         };
         self.check_continuations("labels", labels.len())?;
         self.check_bytes("labels", texts.iter().map(String::len).sum())?;
-        let input = self.input_for(adapter, target.skip_template, message.input.try_into()?).await?;
+        let input = self.input(who, target.skip_template, prompt).await?;
         let texts = texts.into_iter().map(Prompt::Text).collect();
         let continuations = self.continuations("labels", texts).await?;
         self.scoring(call, input, continuations, labels)
@@ -162,60 +186,70 @@ impl Admission {
 
     /// Checks a `Tokenize`.
     pub async fn tokenize(&self, message: proto::TokenizeRequest) -> Result<Input> {
-        let target = Target::new(&message.adapter_id, None, message.skip_template)?;
-        self.input(target, Prompt::Text(message.prompt)).await
+        let target = Target::new(&message.adapter_id, None, message.skip_template)?
+            .with(&message.prefix_adapter_ids, message.task_id)?;
+        self.input(self.who(&target)?, target.skip_template, Prompt::Text(message.prompt)).await
     }
 
-    async fn input(&self, target: Target, prompt: Prompt) -> Result<Input> {
-        let adapter = self.resolve(&target)?;
-        self.input_for(adapter, target.skip_template, prompt).await
+    fn who(&self, target: &Target) -> Result<Who> {
+        Who::resolve(&self.parts.registry, target)
     }
 
-    fn resolve(&self, target: &Target) -> Result<Option<Arc<Adapter>>> {
-        let Some(id) = &target.adapter else { return Ok(None) };
-        let adapter = self.parts.registry.resolve(id)?;
-        if let Some(Generation(asked)) = target.generation
-            && asked != adapter.generation.0
-        {
-            let serving = adapter.generation.0;
-            return Err(Error::precondition(format!(
-                "`adapter_generation` is {asked}, but generation {serving} of adapter {id} serves"
-            )));
-        }
-        let span = Span::current();
-        span.record("adapter", id.as_str());
-        span.record("generation", adapter.generation.0);
-        Ok(Some(adapter))
-    }
-
-    async fn input_for(&self, adapter: Option<Arc<Adapter>>, skip_template: bool, prompt: Prompt) -> Result<Input> {
-        let (text, tokens) = match prompt {
-            Prompt::Tokens(ids) => (String::new(), convert::token_ids("token_ids", ids, self.parts.vocab_size)?),
+    async fn input(&self, who: Who, skip_template: bool, prompt: Prompt) -> Result<Input> {
+        let nowhere = |field, value: &str| {
+            let rule = "but this adapter's virtual tokens stand in its template, and without it nowhere";
+            Err(Error::invalid(field, value, rule))
+        };
+        let mut rows = who.leading_rows();
+        let text = match prompt {
+            Prompt::Tokens(_) if who.places_virtual_tokens() => return nowhere("token_ids", "given"),
+            Prompt::Text(_) if skip_template && who.places_virtual_tokens() => return nowhere("skip_template", "true"),
+            Prompt::Tokens(ids) => {
+                let ids = convert::token_ids("token_ids", ids, self.parts.vocab_size)?;
+                if ids.is_empty() {
+                    return Err(Error::invalid("input", "no token", "must be at least one"));
+                }
+                rows.extend(ids.into_iter().map(InputRow::Token));
+                String::new()
+            }
             Prompt::Text(text) => {
                 self.check_bytes("prompt", text.len())?;
                 if text.is_empty() {
                     return Err(Error::invalid("prompt", "empty", "must hold some text"));
                 }
-                let special = adapter.as_ref().is_none_or(|a| a.card.adds_special_tokens(a.method));
-                let text = match &adapter {
+                let pieces = match &who.adapter {
                     Some(adapter) if !skip_template => adapter.card.render(&text)?,
-                    _ => text,
+                    _ => vec![Piece::Text(text)],
                 };
-                let tokens = self.encode(text.clone(), special).await?;
-                (text, tokens)
+                self.rows(pieces, who.adds_special_tokens(), &mut rows).await?
             }
         };
-        if tokens.is_empty() {
+        if rows.is_empty() {
             return Err(Error::invalid("input", "no token", "must be at least one"));
         }
-        Ok(Input { adapter, tokens, text })
+        Ok(Input { who, rows, text })
+    }
+
+    /// Adds the rows of `pieces` to `rows`; returns their text.
+    async fn rows(&self, pieces: Vec<Piece>, special: bool, rows: &mut Vec<InputRow>) -> Result<String> {
+        let text = |piece: &Piece| if let Piece::Text(text) = piece { Some(text.clone()) } else { None };
+        let texts: Vec<String> = pieces.iter().filter_map(text).collect();
+        let all = texts.concat();
+        let mut tokens = self.encode(texts, special).await?.into_iter();
+        for piece in pieces {
+            match piece {
+                Piece::Virtual(range) => rows.extend(range.map(InputRow::Soft)),
+                Piece::Text(_) => rows.extend(tokens.next().into_iter().flatten().map(InputRow::Token)),
+            }
+        }
+        Ok(all)
     }
 
     async fn continuations(&self, field: &'static str, contents: Vec<Prompt>) -> Result<Vec<Vec<u32>>> {
         let mut all = Vec::with_capacity(contents.len());
         for (i, content) in contents.into_iter().enumerate() {
             let tokens = match content {
-                Prompt::Text(text) => self.encode(text, false).await?,
+                Prompt::Text(text) => self.encode(vec![text], false).await?.concat(),
                 Prompt::Tokens(ids) => convert::token_ids(field, ids, self.parts.vocab_size)?,
             };
             if tokens.is_empty() {
@@ -226,14 +260,18 @@ impl Admission {
         Ok(all)
     }
 
-    async fn encode(&self, text: String, special: bool) -> Result<Vec<u32>> {
-        if text.len() <= SMALL_TEXT {
-            return self.tokenizer().encode(&text, special);
+    async fn encode(&self, texts: Vec<String>, special: bool) -> Result<Vec<Vec<u32>>> {
+        fn encode(tokenizer: &Tokenizer, texts: &[String], special: bool) -> Result<Vec<Vec<u32>>> {
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            tokenizer.encode_pieces(&texts, special)
+        }
+        if texts.iter().map(String::len).sum::<usize>() <= SMALL_TEXT {
+            return encode(self.tokenizer(), &texts, special);
         }
         // Never closed while `self` lives.
         let _permit = self.large_texts.acquire().await.map_err(|e| Error::internal(format!("tokenizer: {e}")))?;
         let tokenizer = self.tokenizer().clone();
-        let tokens = tokio::task::spawn_blocking(move || tokenizer.encode(&text, special)).await;
+        let tokens = tokio::task::spawn_blocking(move || encode(&tokenizer, &texts, special)).await;
         tokens.map_err(|e| Error::internal(format!("tokenizer: {e}")))?
     }
 
@@ -242,15 +280,64 @@ impl Admission {
         let mut requests = Vec::with_capacity(continuations.len());
         for continuation in continuations {
             room.check("continuations", continuation.len(), continuation.len())?;
-            let tokens = [input.tokens.as_slice(), &continuation].concat();
-            let request = sequence(call, &input.adapter, tokens, Sampling::default(), Stopping::default());
-            requests.push(Request { score_from: Some(input.tokens.len()), ..request });
+            let rows = input.rows.iter().copied().chain(continuation.into_iter().map(InputRow::Token)).collect();
+            let request = sequence(call, &input.who, rows, Sampling::default(), Stopping::default());
+            requests.push(Request { score_from: Some(input.rows.len()), ..request });
         }
-        Ok(Scoring { adapter: input.adapter, requests, labels })
+        Ok(Scoring { who: input.who, requests, labels })
+    }
+
+    /// The head that answers: the adapter's, or that of an encoder; with the names of its classes. `None`: the labels
+    /// are texts that a decoder scores.
+    fn classifier(&self, who: &Who) -> Result<Option<(Arc<Head>, Vec<String>)>> {
+        let card = who.adapter.as_ref().map_or(&[][..], |a| &a.card.labels);
+        let (head, names) = match (who.adapter.as_ref().and_then(|a| a.head.clone()), &self.parts.classifier) {
+            (Some(head), _) => (head, None),
+            (None, _) if !self.parts.encoder => return Ok(None),
+            (None, Some((head, names))) => (head.clone(), Some(names)),
+            (None, None) => {
+                return Err(Error::precondition(
+                    "the base is an encoder without a classification head: Classify needs an adapter with one \
+                     (`classifier` in its weights)",
+                ));
+            }
+        };
+        let count = head.labels();
+        let labels = match names {
+            _ if card.len() == count => card.to_vec(),
+            _ if !card.is_empty() => {
+                let what = format!("the task card has {} `labels`, the base's head {count}", card.len());
+                return Err(Error::precondition(what));
+            }
+            Some(names) => names.clone(),
+            // As transformers names them where a config does not.
+            None => (0..count).map(|i| format!("LABEL_{i}")).collect(),
+        };
+        Ok(Some((head, labels)))
+    }
+
+    /// One request, whose pooled row goes through `head`.
+    fn pooled(&self, call: &Call, input: Input, head: Arc<Head>, labels: Vec<String>) -> Result<Scoring> {
+        self.room(&input).check("prompt", input.rows.len(), 0)?;
+        let request = sequence(call, &input.who, input.rows, Sampling::default(), Stopping::default());
+        let request = Request { head: Some(head), ..request };
+        Ok(Scoring { who: input.who, requests: vec![request], labels })
     }
 
     fn room(&self, input: &Input) -> Room {
-        Room { prefix: prefix_len(&input.adapter), prompt: input.tokens.len(), max_model_len: self.parts.max_model_len }
+        let (prefix, prompt) = (input.who.prefix_len(), input.rows.len());
+        Room { prefix, prompt, max_model_len: self.parts.max_model_len }
+    }
+
+    /// An encoder gives no probability of a next token.
+    fn check_writes(&self, method: &str) -> Result<()> {
+        if !self.parts.encoder {
+            return Ok(());
+        }
+        Err(Error::precondition(format!(
+            "the base is an encoder, which sees a text whole and has no next token: {method} needs a decoder; use \
+             Classify"
+        )))
     }
 
     fn check_bytes(&self, field: &'static str, bytes: usize) -> Result<()> {
@@ -274,24 +361,13 @@ impl Admission {
     }
 }
 
-/// Positions of an adapter's prefix.
-pub fn prefix_len(adapter: &Option<Arc<Adapter>>) -> usize {
-    adapter.as_ref().and_then(|a| a.prefix.as_ref()).map_or(0, |p| p.len())
-}
-
-fn sequence(
-    call: &Call,
-    adapter: &Option<Arc<Adapter>>,
-    tokens: Vec<u32>,
-    sampling: Sampling,
-    stopping: Stopping,
-) -> Request {
+fn sequence(call: &Call, who: &Who, input: Vec<InputRow>, sampling: Sampling, stopping: Stopping) -> Request {
     Request {
         id: Arc::clone(&call.id),
-        tenant: adapter.as_ref().map_or("", |a| a.id.as_str()).into(),
-        prefix: adapter.as_ref().and_then(|a| a.prefix.clone()),
-        input: tokens.into_iter().map(InputRow::Token).collect(),
-        soft: None,
+        tenant: who.adapter.as_ref().map_or("", |a| a.id.as_str()).into(),
+        prefix: who.prefix.clone(),
+        input,
+        soft: who.soft.clone(),
         head: None,
         sampling,
         stopping,
@@ -301,3 +377,6 @@ fn sequence(
         arrival: call.arrival,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,17 +2,15 @@
 //!
 //! Dropping the stream (the client went away) drops the receivers, and that cancels the sequences in the engine.
 //! A client that reads slowly holds up nobody: each receiver has room for all events of its sequence.
-use super::admission::Wanted;
+use super::admission::{Wanted, Who};
 use super::call::Call;
 use super::convert::{self, Vocabulary};
 use super::outcome::{stopped, unfinished};
 use super::{proto, record};
-use crate::adapter::Adapter;
 use crate::engine::request::{Event, Finish, TokenLogprob};
 use crate::error::Error;
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::sync::mpsc::Receiver;
 use tokio_stream::Stream;
@@ -21,7 +19,7 @@ use tonic::Status;
 /// A `GenerateStream`'s messages.
 pub struct Answer {
     call: Call,
-    adapter: Option<Arc<Adapter>>,
+    who: Who,
     vocabulary: Vocabulary,
     wanted: Wanted,
     /// By choice; `None` once it has ended.
@@ -37,22 +35,17 @@ pub struct Answer {
 
 impl Answer {
     /// A stream over the choices' `receivers`. Its first message says who answers.
-    pub fn new(
-        call: Call,
-        adapter: Option<Arc<Adapter>>,
-        vocabulary: Vocabulary,
-        wanted: Wanted,
-        receivers: Vec<Receiver<Event>>,
-    ) -> Self {
+    pub fn new(call: Call, who: Who, vocabulary: Vocabulary, wanted: Wanted, receivers: Vec<Receiver<Event>>) -> Self {
         let first = proto::GenerateStreamResponse {
             request_id: call.id.to_string(),
-            adapter: Some(convert::adapter_ref(&adapter)),
+            adapter: Some(convert::adapter_ref(&who.adapter)),
+            prefix_adapters: convert::adapter_refs(&who.stacked),
             ..Default::default()
         };
         let choices = receivers.into_iter().map(Some).collect();
         Answer {
             call,
-            adapter,
+            who,
             vocabulary,
             wanted,
             choices,
@@ -100,7 +93,7 @@ impl Answer {
     }
 
     fn finished(&mut self, index: usize, finish: Finish) {
-        self.call.span.in_scope(|| record::finished(&self.adapter, index, &finish));
+        self.call.span.in_scope(|| record::finished(&self.who.adapter, index, &finish));
         self.choices[index] = None;
         self.error = self.error.take().or_else(|| unfinished(finish.reason));
         let choice = proto::Choice {

@@ -181,7 +181,7 @@ async fn server_info_tokenize_and_request_ids() {
     assert!(model.num_parameters > 1_000_000 && limits.max_model_len >= 256);
     let mut client = served.inference().await;
     let request =
-        proto::TokenizeRequest { adapter_id: "sentiment".into(), prompt: "the soup".into(), skip_template: false };
+        proto::TokenizeRequest { adapter_id: "sentiment".into(), prompt: "the soup".into(), ..Default::default() };
     let tokens = client.tokenize(request).await.unwrap().into_inner();
     assert_eq!((tokens.text.as_str(), tokens.tokens.concat().as_str()), ("the soup\n=>", "the soup\n=>"));
     assert!(tokens.prefix_tokens > 0 && tokens.tokens.len() == tokens.token_ids.len());

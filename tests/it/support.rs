@@ -4,6 +4,7 @@ use prefixd::adapter::{InputRow, Prefix};
 use prefixd::config::{DtypeChoice, EngineConfig};
 use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
 use prefixd::engine::{Engine, EngineHandle};
+use prefixd::error::Result;
 use prefixd::kv::{KvPool, PageId, pages_for};
 use prefixd::model::batch::{Batch, Rows};
 use prefixd::model::{LoadOptions, Model, source};
@@ -24,8 +25,11 @@ pub fn data(part: &str) -> Option<PathBuf> {
 }
 
 pub fn load(name: &str, dtype: DtypeChoice) -> Model {
-    let options = LoadOptions { dtype, threads: 2, ..LoadOptions::default() };
-    Model::load(&source::resolve(name).unwrap(), options).unwrap()
+    try_load(name, dtype).unwrap()
+}
+
+pub fn try_load(name: &str, dtype: DtypeChoice) -> Result<Model> {
+    Model::load(&source::resolve(name)?, LoadOptions { dtype, threads: 2, ..LoadOptions::default() })
 }
 
 /// The shipped model.
@@ -35,6 +39,11 @@ pub fn embedded() -> Model {
 
 /// All logits of one sequence, run by itself: those of the prefix's input rows, then those of `tokens`.
 pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec<f32>> {
+    logits_with(model, prefix, tokens, &|_| ())
+}
+
+/// The same with something wrong in each batch, done by `harm`.
+pub fn logits_with(model: &Model, prefix: Option<&Prefix>, tokens: &[u32], harm: &dyn Fn(&mut Batch)) -> Vec<Vec<f32>> {
     let prefix_len = prefix.map_or(0, Prefix::len);
     let prefix_pages: Vec<PageId> = (0..pages_for(prefix_len) as u32).map(PageId).collect();
     let first = prefix_pages.len() as u32;
@@ -59,7 +68,7 @@ pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec
             sampled: false,
         };
         if !inputs.is_empty() {
-            out.extend(run(model, &rows, &kv));
+            out.extend(run(model, &rows, &kv, harm));
         }
     }
     let inputs: Vec<RowSource> = tokens.iter().map(|id| RowSource::Token(*id)).collect();
@@ -73,13 +82,14 @@ pub fn logits(model: &Model, prefix: Option<&Prefix>, tokens: &[u32]) -> Vec<Vec
         wanted: 0..inputs.len(),
         sampled: false,
     };
-    out.extend(run(model, &rows, &kv));
+    out.extend(run(model, &rows, &kv, harm));
     out
 }
 
-fn run(model: &Model, rows: &Rows<'_>, kv: &KvPool) -> Vec<Vec<f32>> {
+fn run(model: &Model, rows: &Rows<'_>, kv: &KvPool, harm: &dyn Fn(&mut Batch)) -> Vec<Vec<f32>> {
     let mut batch = Batch::default();
     batch.push(rows, model.info().hidden_size);
+    harm(&mut batch);
     let hidden = model.forward(&batch, kv).unwrap().unwrap();
     model.logits(&hidden).unwrap().to_vec2().unwrap()
 }
@@ -127,9 +137,10 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Ids and the bits of their log-probabilities, scores first.
+    /// Ids and the bits of their log-probabilities, scores first, and of the logits of classes.
     pub fn bits(&self) -> Vec<(u32, u32)> {
-        self.scored.iter().chain(&self.tokens).map(|t| (t.id, t.logprob.to_bits())).collect()
+        let classes = self.pooled.iter().map(|x| (0, x.to_bits()));
+        self.scored.iter().chain(&self.tokens).map(|t| (t.id, t.logprob.to_bits())).chain(classes).collect()
     }
 }
 

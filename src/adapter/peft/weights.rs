@@ -1,5 +1,8 @@
 //! `adapter_model.safetensors`, read without trusting a byte of it.
+use super::config::PeftConfig;
+use super::heads::HeadNames;
 use super::{WEIGHTS_FILE, io_error};
+use crate::adapter::Method;
 use crate::error::{Context, Error, Kind, Result};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};
@@ -51,25 +54,39 @@ impl Weights {
         Ok(Weights { bytes, metadata, data_start: 8 + header })
     }
 
-    /// Refuses tensors that would be left out in silence, such as trained heads.
-    pub(super) fn check_names(&self, multitask: bool) -> Result<()> {
-        let mut others: Vec<String> = self.metadata.tensors().into_keys().collect();
+    /// Names of all tensors, sorted.
+    pub(super) fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
+        names.sort();
+        names
+    }
+
+    /// Dimensions of a tensor.
+    pub(super) fn dims(&self, name: &str) -> Option<&[usize]> {
+        self.metadata.info(name).map(|info| info.shape.as_slice())
+    }
+
+    /// Refuses tensors that would be left out in silence. `head`: those that the head is made of.
+    pub(super) fn check_names(&self, config: &PeftConfig, head: &HeadNames) -> Result<()> {
+        let multitask = config.method == Method::MultitaskPromptTuning;
+        let mut others = self.names();
         others.retain(|name| match name.as_str() {
             "prompt_embeddings" => false,
             "prefix_task_cols" | "prefix_task_rows" => !multitask,
-            name => !is_prompt_encoder(name),
+            name => !is_prompt_encoder(name) && !head.has(name),
         });
         if others.is_empty() {
             return Ok(());
         }
-        others.sort();
         let (count, shown) = (others.len(), others.len().min(5));
         let names: Vec<String> = others[..shown].iter().map(|n| n.chars().take(80).collect()).collect();
         Err(Error::precondition(format!(
-            "{WEIGHTS_FILE}: {count} tensors besides the prompt: {}{}; a head or other weights trained with \
-             it (`modules_to_save`) are not served, the base is shared and frozen",
+            "{WEIGHTS_FILE}: {count} tensors besides the prompt: {}{}; of the modules trained with it \
+             (`modules_to_save`) only the `classifier` or `score` of `task_type` SEQ_CLS is served (it is {:?} here), the \
+             base is shared and frozen",
             names.join(", "),
-            if count > shown { ", ..." } else { "" }
+            if count > shown { ", ..." } else { "" },
+            config.task_type
         )))
     }
 
@@ -113,6 +130,14 @@ impl Weights {
         }
         Err(Error::precondition(format!("`{name}` is {dims:?}, needs {expected:?}")))
     }
+}
+
+/// Types that a tensor may have.
+pub(in crate::adapter) const SERVED_DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+
+/// Tensors of prompts and of their encoders.
+pub(in crate::adapter) fn is_prompt_tensor(name: &str) -> bool {
+    matches!(name, "prompt_embeddings" | "prefix_task_cols" | "prefix_task_rows") || is_prompt_encoder(name)
 }
 
 /// Keys of a prompt encoder: its output is what was saved as `prompt_embeddings`.

@@ -51,7 +51,7 @@ pub struct Details {
     pub prefix_len: usize,
     /// PEFT's `num_virtual_tokens`.
     pub num_virtual_tokens: usize,
-    /// Bytes of its prefix on the host.
+    /// Bytes of its prefix and virtual tokens on the host.
     pub bytes: usize,
 }
 
@@ -65,7 +65,7 @@ impl From<&Adapter> for Details {
             digest: prefix.map(|p| p.digest),
             prefix_len: prefix.map_or(0, |p| p.len()),
             num_virtual_tokens: adapter.num_virtual_tokens,
-            bytes: prefix.map_or(0, |p| p.bytes()),
+            bytes: prefix.map_or(0, |p| p.bytes()) + adapter.soft.as_ref().map_or(0, |s| 4 * s.rows.len()),
         }
     }
 }

@@ -15,6 +15,9 @@ fn adapter(ticket: &Ticket) -> Adapter {
         num_virtual_tokens: 0,
         card: TaskCard::parse("description = 'd'").unwrap(),
         prefix: Prefix::new(None, vec![InputRow::Token(1), InputRow::Token(2)], Arc::new([])).map(Arc::new),
+        soft: None,
+        head: None,
+        tasks: None,
     }
 }
 

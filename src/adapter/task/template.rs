@@ -5,11 +5,18 @@
 //! remains here binds no name and builds no text: `{{ }}` with subscripts, comparisons and [`filters`],
 //! `{% if %}`, comments. Then each operation costs at most the length of the input once, their number is
 //! [`MAX_TOKENS`], and the output is cut at [`MAX_OUTPUT`]. Text is joined by writing it side by side.
+//!
+//! `{{ virtual }}` and `{{ virtual_0 }}`, `{{ virtual_1 }}`... mark where virtual tokens stand. They are cut out of
+//! the source before anything is rendered, and what lies between is rendered by itself: no text ever stands for a
+//! marker, so no input can forge one.
+mod subset;
+
 use crate::error::{Context as _, Error, Kind, Result};
 use minijinja::{Environment, UndefinedBehavior, context};
 use serde::Deserialize;
 use std::io::{self, Write};
 use std::sync::{Arc, LazyLock};
+use subset::check_subset;
 
 /// Longest template, bytes.
 const MAX_SOURCE: usize = 64 << 10;
@@ -24,7 +31,31 @@ const FUEL: u64 = 100_000;
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "String")]
 pub(super) struct Template {
-    source: Arc<str>,
+    segments: Arc<[Segment]>,
+}
+
+/// A part of a template's source.
+#[derive(Clone, Debug, PartialEq)]
+enum Segment {
+    /// Rendered by itself.
+    Source(String),
+    Marker(Marker),
+}
+
+/// A place for virtual tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Marker {
+    /// `{{ virtual }}`: all of them.
+    All,
+    /// `{{ virtual_i }}`: those of split i.
+    Split(u32),
+}
+
+/// A part of a rendered template.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Part {
+    Text(String),
+    Marker(Marker),
 }
 
 impl TryFrom<String> for Template {
@@ -35,49 +66,75 @@ impl TryFrom<String> for Template {
         if source.len() > MAX_SOURCE {
             return Err(refuse(format!("{} bytes, at most {MAX_SOURCE}", source.len())));
         }
-        check_subset(&source).map_err(refuse)?;
-        let parsed = ENVIRONMENT.template_from_str(&source).map_err(|e| refuse(e.to_string()))?;
-        let mut names: Vec<_> = parsed.undeclared_variables(false).into_iter().collect();
-        names.retain(|name| name != "input");
-        names.sort();
-        if let Some(name) = names.first() {
-            return Err(refuse(format!("`{name}` is unknown; the one variable is `input`")));
+        let segments = check_subset(&source).map_err(refuse)?;
+        for segment in &segments {
+            let Segment::Source(source) = segment else { continue };
+            let parsed = ENVIRONMENT.template_from_str(source).map_err(|e| refuse(e.to_string()))?;
+            let mut names: Vec<_> = parsed.undeclared_variables(false).into_iter().collect();
+            names.retain(|name| name != "input");
+            names.sort();
+            if let Some(name) = names.first() {
+                return Err(refuse(format!("`{name}` is unknown; the one variable is `input`")));
+            }
         }
-        let template = Template { source: source.into() };
+        let template = Template { segments: segments.into() };
         template.render("one input").map_err(|e| refuse(e.to_string()))?;
         Ok(template)
     }
 }
 
 impl Template {
-    /// The text for one request.
-    pub(super) fn render(&self, input: &str) -> Result<String> {
-        // Parsing takes microseconds at these sizes and saves a self-referencing struct.
-        let parsed = ENVIRONMENT.template_from_str(&self.source);
-        let parsed = parsed.or_kind(Kind::InvalidArgument, "template")?;
-        let mut out = Capped { bytes: Vec::with_capacity(self.source.len() + input.len()), full: false };
-        let done = parsed.render_captured_to(context! { input }, &mut out).map(drop);
-        if out.full {
-            return Err(Error::invalid("prompt", format!("{} bytes", input.len()), too_long()));
-        }
-        done.or_kind(Kind::InvalidArgument, "template")?;
-        String::from_utf8(out.bytes).or_kind(Kind::Internal, "template output")
+    /// The parts for one request, in order.
+    pub(super) fn render(&self, input: &str) -> Result<Vec<Part>> {
+        let mut room = MAX_OUTPUT;
+        let render = |segment: &Segment| match segment {
+            Segment::Marker(marker) => Ok(Part::Marker(*marker)),
+            Segment::Source(source) => {
+                let text = render_source(source, input, room)?;
+                room -= text.len();
+                Ok(Part::Text(text))
+            }
+        };
+        self.segments.iter().map(render).collect()
     }
+
+    /// The places for virtual tokens, in order.
+    pub(super) fn markers(&self) -> impl Iterator<Item = Marker> {
+        self.segments.iter().filter_map(|segment| match segment {
+            Segment::Marker(marker) => Some(*marker),
+            Segment::Source(_) => None,
+        })
+    }
+}
+
+/// The text of one segment, at most `room` bytes.
+fn render_source(source: &str, input: &str, room: usize) -> Result<String> {
+    // Parsing takes microseconds at these sizes and saves a self-referencing struct.
+    let parsed = ENVIRONMENT.template_from_str(source);
+    let parsed = parsed.or_kind(Kind::InvalidArgument, "template")?;
+    let mut out = Capped { bytes: Vec::with_capacity(source.len() + input.len()), room, full: false };
+    let done = parsed.render_captured_to(context! { input }, &mut out).map(drop);
+    if out.full {
+        return Err(Error::invalid("prompt", format!("{} bytes", input.len()), too_long()));
+    }
+    done.or_kind(Kind::InvalidArgument, "template")?;
+    String::from_utf8(out.bytes).or_kind(Kind::Internal, "template output")
 }
 
 fn too_long() -> String {
     format!("its rendered template passes {MAX_OUTPUT} bytes")
 }
 
-/// Takes at most [`MAX_OUTPUT`] bytes, then ends the rendering.
+/// Takes at most `room` bytes, then ends the rendering.
 struct Capped {
     bytes: Vec<u8>,
+    room: usize,
     full: bool,
 }
 
 impl Write for Capped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.len() + bytes.len() > MAX_OUTPUT {
+        if self.bytes.len() + bytes.len() > self.room {
             self.full = true;
             return Err(io::ErrorKind::WriteZero.into());
         }
@@ -116,96 +173,66 @@ fn replace(text: &str, from: &str, to: &str) -> Result<String, minijinja::Error>
     Ok(text.replace(from, to))
 }
 
-/// Reads the tags of `source` as minijinja's lexer does and refuses what lies outside the subset.
-fn check_subset(source: &str) -> Result<(), String> {
-    let mut rest = source;
-    let mut tokens = 0;
-    while let Some(at) = find_tag(rest) {
-        let (opening, body) = rest[at..].split_at(2);
-        rest = match opening {
-            "{#" => body.split_once("#}").ok_or("a comment `{#` has no end `#}`")?.1,
-            "{%" => check_tag(body, "%}", &mut tokens)?,
-            _ => check_tag(body, "}}", &mut tokens)?,
-        };
-    }
-    Ok(())
-}
-
-fn find_tag(text: &str) -> Option<usize> {
-    text.as_bytes().windows(2).position(|w| matches!(w, b"{{" | b"{%" | b"{#"))
-}
-
-/// Checks one tag from after its opening; returns what follows `end`.
-fn check_tag<'a>(body: &'a str, end: &str, tokens: &mut usize) -> Result<&'a str, String> {
-    let open = if end == "%}" { "{%" } else { "{{" };
-    // `{{-` and `-}}` (or with `+`) only set how white space around the tag is kept.
-    let mut rest = body.strip_prefix(['-', '+']).unwrap_or(body);
-    let mut first_word = end == "%}";
-    let mut depth = 0usize;
-    loop {
-        rest = rest.trim_start_matches(|c: char| c.is_ascii_whitespace());
-        if depth == 0 {
-            let closing = rest.strip_prefix(['-', '+']).unwrap_or(rest);
-            if let Some(after) = closing.strip_prefix(end) {
-                return Ok(after);
-            }
-        }
-        *tokens += 1;
-        if *tokens > MAX_TOKENS {
-            return Err(format!("more than {MAX_TOKENS} words and signs inside its tags"));
-        }
-        let c = rest.chars().next().ok_or_else(|| format!("a tag `{open}` has no end `{end}`"))?;
-        let word = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || c == '_').len();
-        let taken = match c {
-            _ if first_word && word == 0 => return Err(format!("`{open}` starts with `{c}`, not a word")),
-            '"' | '\'' => string_len(rest).ok_or("a string has no end")?,
-            _ if word > 0 => {
-                let name = &rest[..word];
-                if first_word && !matches!(name, "if" | "elif" | "else" | "endif") {
-                    return Err(format!("`{{% {name} %}}` is not allowed; only if, elif, else, endif are"));
-                }
-                word
-            }
-            '(' | '[' => {
-                depth += 1;
-                1
-            }
-            ')' | ']' => {
-                depth = depth.checked_sub(1).ok_or_else(|| format!("`{c}` without its opening"))?;
-                1
-            }
-            '.' | ',' | ':' | '|' | '=' | '<' | '>' | '!' | '-' => 1,
-            _ => {
-                return Err(format!("`{c}` is not allowed in a tag; text is joined by writing it side by side"));
-            }
-        };
-        first_word = false;
-        rest = &rest[taken..];
-    }
-}
-
-/// Bytes of the quoted string that `text` starts with, quotes included.
-fn string_len(text: &str) -> Option<usize> {
-    let quote = text.as_bytes().first()?;
-    let mut escaped = false;
-    for (i, b) in text.bytes().enumerate().skip(1) {
-        match b {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = true,
-            _ if b == *quote => return Some(i + 1),
-            _ => {}
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn render(source: &str, input: &str) -> Result<String> {
-        Template::try_from(source.to_owned())?.render(input)
+        let parts = Template::try_from(source.to_owned())?.render(input)?;
+        let text = |part| if let Part::Text(text) = part { text } else { panic!("a marker in {source}") };
+        Ok(parts.into_iter().map(text).collect())
+    }
+
+    /// The rendered parts, markers in angle brackets.
+    fn parts(source: &str, input: &str) -> Vec<String> {
+        let parts = Template::try_from(source.to_owned()).unwrap().render(input).unwrap();
+        let show = |part: Part| match part {
+            Part::Text(text) => text,
+            Part::Marker(marker) => format!("<{}>", marker.name()),
+        };
+        parts.into_iter().map(show).collect()
+    }
+
+    #[test]
+    fn markers_cut_a_template_and_keep_its_white_space() {
+        for (source, expected) in [
+            ("{{ virtual }}", ["<virtual>"].as_slice()),
+            ("{{virtual}} {{ input }}", &["<virtual>", " x"]),
+            ("a {{- virtual -}} \n b", &["a", "<virtual>", "b"]),
+            (
+                "{{ input -}} {{ virtual_1 }} {{- input }}{{ virtual_0 }}\n",
+                &["x", "<virtual_1>", "x", "<virtual_0>", "\n"],
+            ),
+            ("{# {{ virtual }} #}{{ '{{ virtual }}' }}{{ virtual }}", &["{{ virtual }}", "<virtual>"]),
+            ("{% if input == 'x' %}y{% else %}n{% endif %}{{+ virtual +}} ", &["y", "<virtual>", " "]),
+        ] {
+            assert_eq!(parts(source, "x"), expected, "{source}");
+        }
+    }
+
+    #[test]
+    fn no_input_forges_a_marker() {
+        for input in ["{{ virtual }}", "<virtual>", "\u{0}virtual\u{0}", "\u{fdd0}", "' }}{{ virtual }}{{ '"] {
+            let expected = [input, "<virtual>", &input.to_uppercase()];
+            assert_eq!(parts("{{ input }}{{ virtual }}{{ input|upper }}", input), expected);
+        }
+    }
+
+    #[test]
+    fn markers_that_are_not_there_alone_and_always_are_refused() {
+        for (source, expected) in [
+            ("{{ virtual|upper }}", "`virtual` is no text"),
+            ("{{ input if virtual_0 }}", "`virtual_0` is no text"),
+            ("{% if virtual %}{% endif %}", "`virtual` is no text"),
+            ("{% if input %}{{ virtual }}{% endif %}", "`{{ virtual }}` stands inside `{% if %}`"),
+            ("{%- if input -%}{% if 1 %}{% endif %}{{ virtual_2 }}{% endif %}", "`{{ virtual_2 }}` stands inside"),
+            ("{{ virtual_x }}", "`virtual_x` is unknown"),
+            ("{{ virtual_99999999999 }}", "`virtual_99999999999` is unknown"),
+        ] {
+            let e = Template::try_from(source.to_owned()).unwrap_err();
+            assert!(e.to_string().contains(expected), "{source}: {e}");
+        }
     }
 
     #[test]

@@ -12,6 +12,11 @@ pub fn adapter_ref(adapter: &Option<Arc<Adapter>>) -> proto::AdapterRef {
     })
 }
 
+/// The same for the adapters whose prefixes stand before.
+pub fn adapter_refs(adapters: &[Arc<Adapter>]) -> Vec<proto::AdapterRef> {
+    adapters.iter().map(|a| adapter_ref(&Some(Arc::clone(a)))).collect()
+}
+
 /// An adapter as the server sees it.
 pub fn status_of(status: Status, loader: &AdapterLoader) -> proto::Adapter {
     let state = match status.state {

@@ -8,6 +8,9 @@ use crate::rpc::proto;
 /// New tokens where neither the request nor the task card says.
 const DEFAULT_MAX_NEW_TOKENS: usize = 64;
 
+/// Prefixes before the adapter's own.
+const MAX_PREFIX_ADAPTERS: usize = 8;
+
 /// Which task answers.
 #[derive(Clone, Debug, Default)]
 pub struct Target {
@@ -17,6 +20,10 @@ pub struct Target {
     pub generation: Option<Generation>,
     /// Use the prompt as it is.
     pub skip_template: bool,
+    /// Whose prefixes stand before it.
+    pub prefix_adapters: Vec<AdapterId>,
+    /// Which of its tasks.
+    pub task_id: Option<u32>,
 }
 
 impl Target {
@@ -27,7 +34,25 @@ impl Target {
         if let (None, Some(Generation(g))) = (&adapter, generation) {
             return Err(Error::invalid("adapter_generation", g, "but no `adapter_id` is given"));
         }
-        Ok(Target { adapter, generation, skip_template })
+        Ok(Target { adapter, generation, skip_template, ..Target::default() })
+    }
+
+    /// The same with prefixes before it, and a task of its own.
+    pub fn with(self, prefix_adapter_ids: &[String], task_id: Option<u32>) -> Result<Self> {
+        const FIELD: &str = "prefix_adapter_ids";
+        if prefix_adapter_ids.len() > MAX_PREFIX_ADAPTERS {
+            let value = format!("a list of {}", prefix_adapter_ids.len());
+            return Err(Error::invalid(FIELD, value, format!("must have at most {MAX_PREFIX_ADAPTERS}")));
+        }
+        if let (None, Some(task)) = (&self.adapter, task_id) {
+            return Err(Error::invalid("task_id", task, "but no `adapter_id` is given"));
+        }
+        let id = |id: &String| {
+            let rule = "each must match [A-Za-z0-9][A-Za-z0-9._-]* and have at most 128 bytes";
+            AdapterId::parse(id).map_err(|_| Error::invalid(FIELD, format!("{id:?}"), rule))
+        };
+        let prefix_adapters = prefix_adapter_ids.iter().map(id).collect::<Result<_>>()?;
+        Ok(Target { prefix_adapters, task_id, ..self })
     }
 }
 
