@@ -1,16 +1,25 @@
-//! Every case under `PREFIXD_TEST_DATA/peft/<model>/<adapter>`, made by transformers + PEFT, against ours: logits
-//! within 1e-4 in f32, greedy tokens and log-probabilities of continuations equal.
+//! Every case under `PREFIXD_TEST_DATA/peft/<model>/<adapter>` and under `tests/oracle/results`, made by transformers + PEFT,
+//! against ours: logits within 1e-4 in f32, greedy tokens, log-probabilities of continuations and classes equal.
 use crate::support::{self, Answer, ask_all, data, engine, logits, request};
-use prefixd::adapter::{Prefix, load_folder};
+use prefixd::adapter::{InputRow, Loaded, load_folder};
 use prefixd::config::DtypeChoice;
+use prefixd::engine::request::Request;
 use prefixd::model::Model;
 use prefixd::model::config::ModelConfig;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-const LOGIT_TOLERANCE: f32 = 1e-4;
+pub const LOGIT_TOLERANCE: f32 = 1e-4;
+
+/// What one folder of results says.
+pub struct Case {
+    pub dir: PathBuf,
+    oracle: Value,
+    tensors: Vec<u8>,
+    /// `None`: the bare base.
+    pub loaded: Option<Loaded>,
+}
 
 /// Folders in `dir`, sorted.
 fn folders(dir: &Path) -> Vec<PathBuf> {
@@ -19,129 +28,161 @@ fn folders(dir: &Path) -> Vec<PathBuf> {
     all
 }
 
-fn json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+/// The model folders of our own results and of those given.
+pub fn models() -> Vec<PathBuf> {
+    let own = Path::new("tests/oracle/results/peft").to_owned();
+    let roots = data("peft").into_iter().chain(own.is_dir().then_some(own));
+    roots.flat_map(|root| folders(&root)).filter(|dir| dir.join("config.json").is_file()).collect()
 }
 
 fn ids(v: &Value) -> Vec<u32> {
     v.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect()
 }
 
-/// The adapter's prefix. The task of a multitask prompt is the oracle's, given by a task card.
-fn prefix(model: &Model, dir: &Path, oracle: &Value) -> Option<Arc<Prefix>> {
-    let copy = tempfile::tempdir().unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        if !dir.join(file).is_file() {
-            return None;
-        }
-        std::fs::copy(dir.join(file), copy.path().join(file)).unwrap();
+impl Case {
+    /// All cases of a model.
+    pub fn all(model: &Model, dir: &Path) -> Vec<Case> {
+        folders(dir).into_iter().filter(|d| d.join("oracle.json").is_file()).map(|d| Case::read(model, d)).collect()
     }
-    if let Some(task) = oracle["task_ids"][0].as_u64() {
-        std::fs::write(copy.path().join("task.toml"), format!("task_id = {task}\n")).unwrap();
-    }
-    load_folder(copy.path(), &model.shape(), model.tokenizer()).unwrap().prefix
-}
 
-/// Checks all logits of all prompts; returns how many values and the largest difference.
-fn check_logits(model: &Model, prefix: Option<&Prefix>, dir: &Path, oracle: &Value) -> (usize, f32) {
-    let file = std::fs::read(dir.join("oracle.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&file).unwrap();
-    let (mut count, mut worst) = (0, 0f32);
-    for (i, prompt) in oracle["prompts"].as_array().unwrap().iter().enumerate() {
-        let want = tensors.tensor(&format!("p{i}.logits_all")).unwrap();
-        let (rows, vocab) = (want.shape()[0], want.shape()[1]);
-        let want: Vec<f32> = want.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-        let got = logits(model, prefix, &ids(&prompt["input_ids"]));
-        assert_eq!((got.len(), got[0].len()), (rows, vocab), "{} prompt {i}", dir.display());
-        for (row, want) in got.iter().zip(want.chunks(vocab)) {
-            for (a, b) in row.iter().zip(want) {
-                worst = worst.max((a - b).abs());
+    /// The task of a multitask prompt is the oracle's, given by a task card.
+    fn read(model: &Model, dir: PathBuf) -> Case {
+        let oracle: Value = serde_json::from_slice(&std::fs::read(dir.join("oracle.json")).unwrap()).unwrap();
+        let tensors = std::fs::read(dir.join("oracle.safetensors")).unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        let files = ["adapter_config.json", "adapter_model.safetensors"];
+        let loaded = files.iter().all(|file| dir.join(file).is_file()).then(|| {
+            files.iter().for_each(|file| assert!(std::fs::copy(dir.join(file), copy.path().join(file)).is_ok()));
+            if let Some(task) = oracle["task_ids"][0].as_u64() {
+                std::fs::write(copy.path().join("task.toml"), format!("task_id = {task}\n")).unwrap();
+            }
+            load_folder(copy.path(), &model.shape(), model.tokenizer()).unwrap()
+        });
+        assert!(loaded.is_some() || dir.ends_with("oracle_base"), "{} gave no adapter", dir.display());
+        Case { dir, oracle, tensors, loaded }
+    }
+
+    fn prompts(&self) -> impl Iterator<Item = (usize, &Value, Vec<u32>)> {
+        let all = self.oracle["prompts"].as_array().unwrap().iter().enumerate();
+        all.map(|(i, prompt)| (i, prompt, ids(&prompt["input_ids"])))
+    }
+
+    /// The stored tensor `name`: shape and values.
+    fn tensor(&self, name: &str) -> (Vec<usize>, Vec<f32>) {
+        let file = SafeTensors::deserialize(&self.tensors).unwrap();
+        let t = file.tensor(name).unwrap();
+        let values = t.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        (t.shape().to_vec(), values)
+    }
+
+    /// How many logits of all prompts `run` gives from token ids, and their largest difference from the stored ones.
+    pub fn compare(&self, run: impl Fn(&[u32]) -> Vec<Vec<f32>>) -> (usize, f32) {
+        let (mut count, mut worst) = (0, 0f32);
+        for (i, _, tokens) in self.prompts() {
+            let (shape, want) = self.tensor(&format!("p{i}.logits_all"));
+            let got = run(&tokens);
+            assert_eq!(vec![got.len(), got[0].len()], shape, "{} prompt {i}", self.dir.display());
+            for (a, b) in got.iter().flatten().zip(&want) {
+                // NaN must not pass for small.
+                let difference = (a - b).abs();
+                worst = if difference <= worst { worst } else { difference };
                 count += 1;
             }
         }
+        (count, worst)
     }
-    (count, worst)
+
+    /// A request of this case's adapter for `tokens`.
+    fn request(&self, model: &Facts, tokens: &[u32], max_new_tokens: usize) -> Request {
+        let loaded = self.loaded.as_ref();
+        let mut r = request(loaded.and_then(|l| l.prefix.clone()), tokens, max_new_tokens);
+        if let Some(soft) = loaded.and_then(|l| l.soft.clone()) {
+            r.input.splice(0..0, (0..soft.len as u32).map(InputRow::Soft));
+            r.soft = Some(soft);
+        }
+        if model.encoder {
+            r.head = loaded.and_then(|l| l.head.clone()).or(model.head.clone());
+        }
+        r
+    }
+
+    /// Everything else that the folder says, as requests and what they should give.
+    fn requests(&self, model: &Facts) -> Vec<(Request, Expected)> {
+        let mut all = Vec::new();
+        for (i, prompt, tokens) in self.prompts() {
+            if model.encoder {
+                let (_, classes) = self.tensor(&format!("p{i}.logits"));
+                all.push((self.request(model, &tokens, 0), Expected::Classes(classes)));
+                continue;
+            }
+            let greedy = ids(&prompt["greedy_ids"]);
+            all.push((self.request(model, &tokens, greedy.len()), Expected::Greedy(greedy)));
+            for continuation in prompt["continuations"].as_array().unwrap() {
+                let mut r = self.request(model, &[tokens.clone(), ids(&continuation["ids"])].concat(), 0);
+                r.score_from = Some(tokens.len());
+                let want = continuation["token_logprobs"].as_array().unwrap();
+                all.push((r, Expected::Scores(want.iter().map(|v| v.as_f64().unwrap()).collect())));
+            }
+        }
+        all
+    }
+}
+
+/// What requests need of a model once the engine has it.
+struct Facts {
+    encoder: bool,
+    head: Option<std::sync::Arc<prefixd::adapter::Head>>,
 }
 
 #[test]
 fn oracle_peft() {
-    let Some(root) = data("peft") else { return };
     let (mut cases, mut values) = (0, 0);
-    for model_dir in folders(&root) {
-        let config = model_dir.join("config.json");
-        if !config.is_file() {
+    for model_dir in models() {
+        if let Err(e) = ModelConfig::parse(&std::fs::read(model_dir.join("config.json")).unwrap()) {
+            println!("{}: not served: {e}", model_dir.display());
             continue;
         }
-        if let Err(e) = ModelConfig::parse(&std::fs::read(config).unwrap()) {
-            println!("{}: not served: {e}", model_dir.file_name().unwrap().display());
-            continue;
-        }
-        let name = model_dir.to_str().unwrap();
-        let model = support::load(name, DtypeChoice::Auto);
-        if model.info().encoder {
-            let dir = model_dir.join("oracle_base");
-            let oracle = json(&dir.join("oracle.json"));
-            let file = std::fs::read(dir.join("oracle.safetensors")).unwrap();
-            let tensors = SafeTensors::deserialize(&file).unwrap();
-            let head = model.head().cloned();
-            let engine = engine(model, 16_384);
-            for (i, prompt) in oracle["prompts"].as_array().unwrap().iter().enumerate() {
-                let mut r = request(None, &ids(&prompt["input_ids"]), 0);
-                r.head = head.clone();
-                let got = ask_all(&engine.handle(), vec![r]).remove(0).pooled;
-                let want = tensors.tensor(&format!("p{i}.logits")).unwrap();
-                let want: Vec<f32> = want.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-                println!("{got:?} {want:?}");
-            }
-            continue;
-        }
-        let mut prefixes = Vec::new();
-        for dir in folders(&model_dir) {
-            let oracle = json(&dir.join("oracle.json"));
-            let prefix = prefix(&model, &dir, &oracle);
-            assert!(prefix.is_some() || dir.ends_with("oracle_base"), "{} gave no prefix", dir.display());
-            let (count, worst) = check_logits(&model, prefix.as_deref(), &dir, &oracle);
-            println!("{}: {count} logits, largest difference {worst:.2e}", dir.display());
-            assert!(worst < LOGIT_TOLERANCE, "{}: {worst}", dir.display());
+        let model = support::load(model_dir.to_str().unwrap(), DtypeChoice::Auto);
+        let facts = Facts { encoder: model.info().encoder, head: model.head().cloned() };
+        let all = Case::all(&model, &model_dir);
+        for case in all.iter().filter(|_| !facts.encoder) {
+            let prefix = case.loaded.as_ref().and_then(|l| l.prefix.as_deref());
+            let (count, worst) = case.compare(|tokens| logits(&model, prefix, tokens));
+            println!("{}: {count} logits, largest difference {worst:.2e}", case.dir.display());
+            assert!(worst < LOGIT_TOLERANCE, "{}: {worst}", case.dir.display());
             values += count;
-            prefixes.push((dir, oracle, prefix));
         }
-        // All adapters and prompts of the model in one mixed batch.
+        // All adapters and prompts of the model in one mixed batch, then each by itself: the same bits.
         let engine = engine(model, 16_384);
-        let (mut requests, mut expected) = (Vec::new(), Vec::new());
-        for (dir, oracle, prefix) in &prefixes {
-            for prompt in oracle["prompts"].as_array().unwrap() {
-                let tokens = ids(&prompt["input_ids"]);
-                let greedy = ids(&prompt["greedy_ids"]);
-                requests.push(request(prefix.clone(), &tokens, greedy.len()));
-                expected.push((dir, Expected::Greedy(greedy)));
-                for continuation in prompt["continuations"].as_array().unwrap() {
-                    let mut all = tokens.clone();
-                    all.extend(ids(&continuation["ids"]));
-                    let mut r = request(prefix.clone(), &all, 0);
-                    r.score_from = Some(tokens.len());
-                    requests.push(r);
-                    let want = continuation["token_logprobs"].as_array().unwrap();
-                    expected.push((dir, Expected::Scores(want.iter().map(|v| v.as_f64().unwrap()).collect())));
-                }
-            }
-        }
-        for (answer, (dir, expected)) in ask_all(&engine.handle(), requests).iter().zip(expected) {
+        let of_case = |case: &Case| -> Vec<_> {
+            case.requests(&facts).into_iter().map(|(r, e)| (r, e, case.dir.clone())).collect()
+        };
+        let mixed: Vec<_> = all.iter().flat_map(of_case).collect();
+        let requests = || mixed.iter().map(|(r, _, _)| r.clone());
+        for (answer, (_, expected, dir)) in ask_all(&engine.handle(), requests().collect()).iter().zip(&mixed) {
             expected.check(answer, dir);
             cases += 1;
         }
+        let answers = ask_all(&engine.handle(), requests().collect());
+        for (one, all) in requests().map(|r| ask_all(&engine.handle(), vec![r]).remove(0)).zip(answers) {
+            assert_eq!(one.bits(), all.bits(), "{}", model_dir.display());
+        }
     }
-    println!("oracle_peft: {cases} generations and scores, {values} logits");
-    assert!(cases > 0, "no case under {}", root.display());
+    assert!(cases > 0, "no case found");
+    println!("oracle_peft: {cases} generations, scores and classes, {values} logits");
 }
 
 enum Expected {
     Greedy(Vec<u32>),
     Scores(Vec<f64>),
+    Classes(Vec<f32>),
 }
 
 impl Expected {
     fn check(&self, answer: &Answer, dir: &Path) {
+        let close = |got: f64, want: f64| {
+            assert!((got - want).abs() < f64::from(LOGIT_TOLERANCE), "{}: {got} {want}", dir.display());
+        };
         match self {
             Expected::Greedy(ids) => {
                 let got: Vec<u32> = answer.tokens.iter().map(|t| t.id).collect();
@@ -149,9 +190,11 @@ impl Expected {
             }
             Expected::Scores(want) => {
                 assert_eq!(answer.scored.len(), want.len());
-                for (got, want) in answer.scored.iter().zip(want) {
-                    assert!((f64::from(got.logprob) - want).abs() < 1e-4, "{}: {} {want}", dir.display(), got.logprob);
-                }
+                answer.scored.iter().zip(want).for_each(|(got, want)| close(f64::from(got.logprob), *want));
+            }
+            Expected::Classes(want) => {
+                assert_eq!(answer.pooled.len(), want.len());
+                answer.pooled.iter().zip(want).for_each(|(got, want)| close(f64::from(*got), f64::from(*want)));
             }
         }
     }
