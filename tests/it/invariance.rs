@@ -1,7 +1,7 @@
 //! A request's result does not depend on what shares its batch: the same tokens and, on the CPU, the same bits, over
 //! random mixes of adapters, lengths, sampling settings, chunk sizes, preemptions and cache hits.
 use crate::support::{Answer, ask_all, embedded, request};
-use prefixd::adapter::{InputRow, KvRows, Prefix};
+use prefixd::adapter::{InputRow, KvRows, Prefix, SoftPrompt};
 use prefixd::config::EngineConfig;
 use prefixd::engine::Engine;
 use prefixd::engine::request::{Request, Sampling};
@@ -43,7 +43,7 @@ struct Ask {
 
 fn ask() -> impl Strategy<Value = Ask> {
     (
-        0..5usize,
+        0..6usize,
         1..90usize,
         1..20usize,
         prop::sample::select(vec![0.0f32, 0.7, 1.5]),
@@ -62,9 +62,23 @@ fn ask() -> impl Strategy<Value = Ask> {
         })
 }
 
-fn build(ask: &Ask, prefixes: &[Option<Arc<Prefix>>]) -> Request {
+/// Virtual tokens that stand in the middle of a prompt instead of before it.
+fn inserted(hidden: usize) -> Arc<SoftPrompt> {
+    let rows = (0..INSERTED * hidden).map(|i| ((i * 6151 % 997) as f32 / 997.0 - 0.5) * 0.8).collect();
+    Arc::new(SoftPrompt::new(rows, INSERTED))
+}
+
+const INSERTED: usize = 21;
+
+fn build(ask: &Ask, prefixes: &[Option<Arc<Prefix>>], soft: &Arc<SoftPrompt>) -> Request {
     let tokens: Vec<u32> = (0..ask.prompt as u32).map(|i| 10 + i * 37 % 900).collect();
-    let mut r = request(prefixes[ask.prefix].clone(), &tokens, ask.new);
+    let mut r = request(prefixes.get(ask.prefix).cloned().flatten(), &tokens, ask.new);
+    let middle = ask.prefix == prefixes.len();
+    if middle {
+        let at = ask.prompt / 2;
+        r.input.splice(at..at, (0..INSERTED as u32).map(InputRow::Soft));
+        r.soft = Some(soft.clone());
+    }
     r.sampling = Sampling {
         temperature: ask.temperature,
         seed: ask.seed,
@@ -72,13 +86,15 @@ fn build(ask: &Ask, prefixes: &[Option<Arc<Prefix>>]) -> Request {
         repetition_penalty: ask.penalty,
         ..Sampling::default()
     };
-    r.score_from = (ask.scored && ask.prompt > 1).then_some(1);
+    // Virtual tokens have no log-probability: what follows them has.
+    r.score_from = (ask.scored && ask.prompt > 1).then_some(if middle { ask.prompt / 2 + INSERTED } else { 1 });
     r
 }
 
 #[test]
 fn a_mixed_batch_gives_the_bits_of_single_requests() {
     let prefixes = prefixes(&embedded());
+    let soft = inserted(embedded().info().hidden_size);
     let alone =
         Engine::start(embedded(), &EngineConfig { kv_tokens: 4096, prefix_caching: false, ..EngineConfig::default() });
     let alone = alone.unwrap();
@@ -96,9 +112,9 @@ fn a_mixed_batch_gives_the_bits_of_single_requests() {
     TestRunner::new(cases)
         .run(&mixes, |asks| {
             let single: Vec<Answer> =
-                asks.iter().map(|a| ask_all(&alone.handle(), vec![build(a, &prefixes)]).remove(0)).collect();
+                asks.iter().map(|a| ask_all(&alone.handle(), vec![build(a, &prefixes, &soft)]).remove(0)).collect();
             for (i, engine) in engines.iter().enumerate() {
-                let mixed = ask_all(&engine.handle(), asks.iter().map(|a| build(a, &prefixes)).collect());
+                let mixed = ask_all(&engine.handle(), asks.iter().map(|a| build(a, &prefixes, &soft)).collect());
                 for ((ask, one), all) in asks.iter().zip(&single).zip(&mixed) {
                     prop_assert_eq!(one.bits(), all.bits(), "engine {}: {:?}", i, ask);
                     prop_assert_eq!((&one.text, one.finish.reason), (&all.text, all.finish.reason));

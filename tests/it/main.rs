@@ -8,6 +8,7 @@ mod drain;
 mod fuzz;
 mod hot_load;
 mod invariance;
+mod kinds;
 mod layers;
 mod mutations;
 mod oracle;

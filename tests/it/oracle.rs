@@ -92,6 +92,21 @@ impl Case {
         (count, worst)
     }
 
+    /// Mean and largest difference of all logits, and the largest logit.
+    fn spread(&self, run: impl Fn(&[u32]) -> Vec<Vec<f32>>) -> (f64, f64, f64) {
+        let (mut sum, mut most, mut largest, mut count) = (0f64, 0f64, 0f64, 0);
+        for (i, _, tokens) in self.prompts() {
+            let (_, want) = self.tensor(&format!("p{i}.logits_all"));
+            for (a, b) in run(&tokens).iter().flatten().zip(&want) {
+                let difference = f64::from((a - b).abs());
+                assert!(difference.is_finite());
+                (sum, most, largest) = (sum + difference, most.max(difference), largest.max(f64::from(b.abs())));
+                count += 1;
+            }
+        }
+        (sum / f64::from(count), most, largest)
+    }
+
     /// A request of this case's adapter for `tokens`.
     fn request(&self, model: &Facts, tokens: &[u32], max_new_tokens: usize) -> Request {
         let loaded = self.loaded.as_ref();
@@ -170,6 +185,36 @@ fn oracle_peft() {
     }
     assert!(cases > 0, "no case found");
     println!("oracle_peft: {cases} generations, scores and classes, {values} logits");
+}
+
+/// bf16 keeps 8 bits of each weight, and of each input of a product by a weight. Those roundings are independent, so
+/// they add up like a walk: about ten a layer from embedding to head, each up to 2^-8 of what it rounds, which near the end is of
+/// the size of the largest logit. The bound is sqrt(10 * layers) * 2^-8 of that on average over all logits; single ones may be
+/// four times as far off.
+#[test]
+fn oracle_peft_in_bf16() {
+    let mut worst_share = 0f64;
+    for dir in models() {
+        let model = support::load(dir.to_str().unwrap(), DtypeChoice::Bf16);
+        if model.info().encoder {
+            continue;
+        }
+        let unit = (10.0 * model.info().num_layers as f64).sqrt() * 2f64.powi(-8);
+        for case in Case::all(&model, &dir) {
+            let prefix = case.loaded.as_ref().and_then(|l| l.prefix.as_deref());
+            let (mean, most, largest) = case.spread(|tokens| logits(&model, prefix, tokens));
+            println!(
+                "{}: mean {:.1e}, most {:.1e} of {largest:.1}",
+                case.dir.display(),
+                mean / largest,
+                most / largest
+            );
+            assert!(mean > 0.0 && mean < unit * largest, "{}: mean {mean}", case.dir.display());
+            assert!(most < 4.0 * unit * largest, "{}: {most} of {largest}", case.dir.display());
+            worst_share = worst_share.max(most / (4.0 * unit * largest));
+        }
+    }
+    println!("oracle_peft_in_bf16: at most {:.0} % of the bound", worst_share * 100.0);
 }
 
 enum Expected {

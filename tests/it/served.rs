@@ -21,7 +21,11 @@ pub struct Served {
 impl Served {
     /// With the embedded model and the shipped adapters.
     pub async fn start(engine: EngineConfig) -> Self {
-        let config = Config { engine, drain_seconds: 20, ..Config::default() };
+        Self::with(Config { engine, drain_seconds: 20, ..Config::default() }).await
+    }
+
+    /// With other settings.
+    pub async fn with(config: Config) -> Self {
         let server = Server::start(config, |_| {}).await.unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());

@@ -4,8 +4,8 @@ usage: make.py OUT [NAME...]
 
 The layout is OUT/peft/<model>/<adapter>/{adapter_config.json, adapter_model.safetensors, oracle.json, oracle.safetensors}, with
 `oracle_base` for the model alone: `p{i}.logits_all` `[positions, vocab]` (`p{i}.logits` `[labels]` of a classifier), greedy tokens by
-the full forward, log-probabilities of continuations. Everything is float32, eager attention, one row at a time, and the
-adapter is the one that was loaded again from disk.
+the full forward, log-probabilities of continuations. OUT/placed/<model> is an adapter whose virtual tokens stand in a template.
+Everything is float32, eager attention, one row at a time, and the adapter is the one that was loaded again from disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zlib
 
 import peft
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import adapters
 import models
@@ -89,6 +89,37 @@ def write(folder: pathlib.Path, record: dict, tensors: dict, kind: str) -> None:
     print(f"{folder}: {len(record['prompts'])} prompts, largest logit {largest:.1f}")
 
 
+@torch.no_grad()
+def placed(name: str, out: pathlib.Path) -> None:
+    """Virtual tokens in the middle and at the end of a template, by the embeddings put together by hand."""
+    splits, generator = (2, adapters.VIRTUAL - 2), torch.Generator().manual_seed(7)
+    model, folder = models.load(out / "peft" / name), out / "placed" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(out / "peft" / name / "prompt_random", folder, ignore=shutil.ignore_patterns("oracle.*"))
+    card = f'template = "w5 {{{{ virtual_0 }}}} {{{{ input }}}} w9 {{{{ virtual_1 }}}}"\nvirtual_token_splits = {list(splits)}\n'
+    (folder / "task.toml").write_text(card)
+    first, second = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].split(splits)
+    table = model.get_input_embeddings()
+
+    def run(ids: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        word = lambda i: table(torch.tensor([i]))
+        rows = torch.cat([word(5), first, table(ids), word(9), second, table(more)])
+        return model(inputs_embeds=rows[None], use_cache=False).logits[0, -1]
+
+    prompts = []
+    for n in (1, 19, 34):
+        ids = torch.randint(3, models.VOCAB, (n,), generator=generator)
+        text, logprobs = torch.empty(0, dtype=torch.long), []
+        for _ in range(GREEDY):
+            best = run(ids, text).double().log_softmax(-1).max(0)
+            text = torch.cat([text, best.indices[None]])
+            logprobs.append(float(best.values))
+        words = " ".join(f"w{i}" for i in ids.tolist())
+        prompts.append({"prompt": words, "greedy_ids": text.tolist(), "logprobs": logprobs})
+    (folder / "oracle.json").write_text(json.dumps({"prompts": prompts}))
+    print(f"{folder}: {len(prompts)} prompts")
+
+
 def old_keys(folder: pathlib.Path) -> None:
     """The same config in the keys of transformers 4."""
     path = folder / "config.json"
@@ -111,7 +142,7 @@ def one(name: str, out: pathlib.Path) -> None:
     models.strengthen(model, generator)
     model.save_pretrained(folder, max_shard_size="40KB" if name == "llama_old_keys" else "1GB")
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    write(folder / "oracle_base", *record(lambda ids: model(ids, use_cache=False).logits if not encoder else model(ids).logits, generator), "")
+    write(folder / "oracle_base", *record(lambda ids: model(ids).logits, generator), "")
     for kind in ("prefix", "prompt_random", *more):
         adapters.make(models.load(folder), kind, folder / kind, encoder, generator)
         (folder / kind / "README.md").unlink(missing_ok=True)
@@ -126,6 +157,8 @@ def main() -> None:
     out, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
     for name in names or models.MODELS:
         one(name, out)
+        if name in ("llama_biases", "gemma", "gpt2_by_layer", "mistral"):
+            placed(name, out)
 
 
 if __name__ == "__main__":

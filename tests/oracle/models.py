@@ -33,7 +33,11 @@ def rope(kind: str, theta: float = 10000.0, **parameters) -> dict:
 
 
 LONG_ROPE = rope(
-    "longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.0], partial_rotary_factor=0.5, original_max_position_embeddings=96
+    "longrope",
+    short_factor=[1.0, 1.5],
+    long_factor=[2.0, 3.0],
+    partial_rotary_factor=0.5,
+    original_max_position_embeddings=96,
 )
 GEMMA3_ROPE = dict(
     rope_parameters=dict(
@@ -55,7 +59,9 @@ MODELS: dict[str, tuple[T.PreTrainedConfig, tuple[str, ...]]] = {
     "llama_dynamic": (T.LlamaConfig(**COMMON, **rope("dynamic", factor=2.0)), ()),
     "llama_yarn": (T.LlamaConfig(**WIDE, **rope("yarn", factor=4.0, **ORIGINAL)), ("multitask",)),
     "llama_yarn_factor": (
-        T.LlamaConfig(**WIDE, **rope("yarn", factor=4.0, attention_factor=0.8, beta_fast=8.0, beta_slow=0.5, **ORIGINAL)),
+        T.LlamaConfig(
+            **WIDE, **rope("yarn", factor=4.0, attention_factor=0.8, beta_fast=8.0, beta_slow=0.5, **ORIGINAL)
+        ),
         (),
     ),
     # Written again in the keys of transformers 4, and sharded: see make.py.
@@ -90,12 +96,21 @@ MODELS: dict[str, tuple[T.PreTrainedConfig, tuple[str, ...]]] = {
     "phi3_longrope": (T.Phi3Config(**COMMON | dict(max_position_embeddings=192), **LONG_ROPE), ()),
     "gpt2_by_layer": (
         T.GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=POSITIONS, scale_attn_by_inverse_layer_idx=True,
-            bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCAB,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=POSITIONS,
+            scale_attn_by_inverse_layer_idx=True,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
         ("ptuning_lstm",),
     ),
-    "gpt_neox": (T.GPTNeoXConfig(**MULTI_HEAD | dict(num_attention_heads=2), **rope("default", partial_rotary_factor=0.25)), ("prefix_proj",)),
+    "gpt_neox": (
+        T.GPTNeoXConfig(**MULTI_HEAD | dict(num_attention_heads=2), **rope("default", partial_rotary_factor=0.25)),
+        ("prefix_proj",),
+    ),
     "gpt_neox_sequential": (
         T.GPTNeoXConfig(**MULTI_HEAD, use_parallel_residual=False, **rope("default", partial_rotary_factor=1.0)),
         (),

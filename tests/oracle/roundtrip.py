@@ -68,7 +68,9 @@ def peft_folders(work):
             yield folder
     torch.manual_seed(0)
     made = {
-        "cpt": CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6, 7], cpt_mask=[1] * 3, cpt_tokens_type_mask=[1, 2, 3]),
+        "cpt": CPTConfig(
+            task_type="CAUSAL_LM", cpt_token_ids=[5, 6, 7], cpt_mask=[1] * 3, cpt_tokens_type_mask=[1, 2, 3]
+        ),
         "cartridge": CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_frozen_tokens=1),
     }
     for name, config in made.items():
