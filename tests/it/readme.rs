@@ -1,4 +1,5 @@
 //! The README's tables of families and adapter kinds say what the code has.
+use prefixd::adapter::Method;
 use prefixd::model::config::{FAMILIES, Family, Positions, Residual};
 
 /// The lines between `<!-- name -->` and `<!-- end name -->` of the README.
@@ -32,4 +33,18 @@ fn families_are_those_of_the_code() {
         want += &format!("| {} | {} | {} |\n", f.name, f.architectures.join(", "), facts(f));
     }
     assert!(block("families") == want, "the README's table should be:\n{want}");
+}
+
+#[test]
+fn kinds_are_those_of_the_code() {
+    let mut want = String::from("| `peft_type` | is served as |\n|---|---|\n");
+    for method in Method::PEFT {
+        let served = match (method.is_kv(), method) {
+            (true, _) => "K and V of every layer, used as stored",
+            (_, Method::MultitaskPromptTuning) => "virtual tokens of the card's task or the request's `task_id`",
+            _ => "virtual tokens",
+        };
+        want += &format!("| {} | {served} |\n", method.as_str());
+    }
+    assert!(block("kinds") == want, "the README's table should be:\n{want}");
 }

@@ -1,9 +1,9 @@
 """Round trip: folders that prefixd wrote load in PEFT and give the same logits.
 
-    python tests/oracle/roundtrip.py target/debug/prefixd [DATA]
+    python tests/oracle/roundtrip.py target/release/prefixd [BASE]
 
-DATA is PREFIXD_TEST_DATA or ../shared/data; needs torch, transformers 5.23 and peft 0.21.2. For a base of DATA/peft it
-checks that `prefixd adapters convert`
+BASE is a model folder with adapters in it, tests/oracle/results/peft/llama_yarn if not given. It checks that
+`prefixd adapters convert`
 - leaves the tensors of each of its adapters as they are, from safetensors and from adapter_model.bin, and that PEFT
   computes the same logits with what was written;
 - turns prefix encoders as ChatGLM and P-tuning v2 save them into prefix-tuning that PEFT runs with the K and V of the
@@ -12,7 +12,6 @@ checks that `prefixd adapters convert`
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 PREFIXD = Path(sys.argv[1]).resolve()
-DATA = Path(sys.argv[2] if len(sys.argv) > 2 else os.environ.get("PREFIXD_TEST_DATA", "../shared/data"))
-BASE = DATA / "peft" / "llama_gqa"
-IDS = torch.tensor([[1, 84, 188, 104, 179, 193]])
+RESULTS = Path(__file__).resolve().parent / "results"
+BASE = Path(sys.argv[2]) if len(sys.argv) > 2 else RESULTS / "peft" / "llama_yarn"
+IDS = torch.tensor([[1, 44, 18, 24, 57, 33]])
 
 
 def base():
