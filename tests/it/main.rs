@@ -10,6 +10,7 @@ mod hot_load;
 mod invariance;
 mod kinds;
 mod layers;
+mod model_files;
 mod mutations;
 mod oracle;
 mod readme;
