@@ -125,6 +125,10 @@ def old_keys(folder: pathlib.Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     parameters = config.pop("rope_parameters")
+    if "sliding_attention" in parameters:
+        config["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+        config["sliding_window_pattern"] = 1 + config.pop("layer_types").index("full_attention")
     config["rope_theta"] = parameters.pop("rope_theta")
     config["rope_scaling"] = {"type": parameters.pop("rope_type"), **parameters}
     path.write_text(json.dumps(config, indent=2))
@@ -146,9 +150,12 @@ def one(name: str, out: pathlib.Path) -> None:
     for kind in ("prefix", "prompt_random", *more):
         adapters.make(models.load(folder), kind, folder / kind, encoder, generator)
         (folder / kind / "README.md").unlink(missing_ok=True)
+        # Not the path of the machine that wrote it.
+        path = folder / kind / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}, indent=2))
         loaded = peft.PeftModel.from_pretrained(models.load(folder), folder / kind).eval()
         write(folder / kind, *record(lambda ids: adapters.run(loaded, kind, ids), generator), kind)
-    if name == "llama_old_keys":
+    if name.endswith("old_keys"):
         old_keys(folder)
 
 

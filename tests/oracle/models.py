@@ -32,13 +32,7 @@ def rope(kind: str, theta: float = 10000.0, **parameters) -> dict:
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta, **parameters))
 
 
-LONG_ROPE = rope(
-    "longrope",
-    short_factor=[1.0, 1.5],
-    long_factor=[2.0, 3.0],
-    partial_rotary_factor=0.5,
-    original_max_position_embeddings=96,
-)
+LONG_ROPE = rope("longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.0], partial_rotary_factor=0.5)
 GEMMA3_ROPE = dict(
     rope_parameters=dict(
         sliding_attention=dict(rope_type="default", rope_theta=1000.0),
@@ -58,6 +52,10 @@ MODELS: dict[str, tuple[T.PreTrainedConfig, tuple[str, ...]]] = {
     "llama_linear": (T.LlamaConfig(**COMMON, **rope("linear", factor=2.0)), ("ptuning_mlp",)),
     "llama_dynamic": (T.LlamaConfig(**COMMON, **rope("dynamic", factor=2.0)), ()),
     "llama_yarn": (T.LlamaConfig(**WIDE, **rope("yarn", factor=4.0, **ORIGINAL)), ("multitask",)),
+    "llama_yarn_mscale": (
+        T.LlamaConfig(**WIDE, **rope("yarn", factor=4.0, mscale=1.5, mscale_all_dim=0.5, truncate=False, **ORIGINAL)),
+        (),
+    ),
     "llama_yarn_factor": (
         T.LlamaConfig(
             **WIDE, **rope("yarn", factor=4.0, attention_factor=0.8, beta_fast=8.0, beta_slow=0.5, **ORIGINAL)
@@ -92,8 +90,21 @@ MODELS: dict[str, tuple[T.PreTrainedConfig, tuple[str, ...]]] = {
         ),
         (),
     ),
+    "gemma3_old_keys": (
+        T.Gemma3TextConfig(
+            **WIDE | dict(num_hidden_layers=3),
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            query_pre_attn_scalar=9,
+            **GEMMA3_ROPE,
+        ),
+        (),
+    ),
     "phi3": (T.Phi3Config(**COMMON, sliding_window=14), ("cpt",)),
-    "phi3_longrope": (T.Phi3Config(**COMMON | dict(max_position_embeddings=192), **LONG_ROPE), ()),
+    "phi3_longrope": (
+        T.Phi3Config(**COMMON | dict(max_position_embeddings=192, original_max_position_embeddings=96), **LONG_ROPE),
+        (),
+    ),
     "gpt2_by_layer": (
         T.GPT2Config(
             vocab_size=VOCAB,
