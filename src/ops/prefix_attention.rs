@@ -16,6 +16,10 @@
 //! # Pages
 //! K of a page is stored transposed, `[kv_heads, head_dim, PAGE]`: one 16-lane accumulator holds the scores of a
 //! page. V is `[kv_heads, PAGE, head_dim]`. Slots past a sequence's end may hold anything, NaN included.
+mod packed;
+
+pub use packed::{PackedPlan, PackedSequence, packed_attention};
+
 use super::{Pool, Shared, f32_slice, float, linear::Cpu};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
