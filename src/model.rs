@@ -12,6 +12,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::kv::KvPool;
 use crate::ops::linear::{Cpu, Linear};
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat::ChatTemplate;
 use batch::Batch;
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
@@ -26,6 +27,7 @@ pub struct Model {
     /// The classification head that the base came with.
     head: Option<Arc<Head>>,
     tokenizer: Tokenizer,
+    chat_template: Result<ChatTemplate>,
     info: ModelInfo,
     eos_token_ids: Vec<u32>,
 }
@@ -86,6 +88,7 @@ impl Model {
         }
         let config = ModelConfig::parse(&files.config)?;
         let tokenizer = Tokenizer::from_bytes(&files.tokenizer)?;
+        let chat_template = chat_template(files);
         let max_model_len = match options.max_model_len {
             0 => config.default_positions,
             n if n <= config.max_positions => n,
@@ -130,7 +133,7 @@ impl Model {
             device: "cpu".into(),
         };
         checkpoint.finish()?;
-        Ok(Model { decoder, head: head.map(Arc::new), tokenizer, info, eos_token_ids })
+        Ok(Model { decoder, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
     }
 
     /// Its facts.
@@ -141,6 +144,11 @@ impl Model {
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// How it words a conversation; else why it cannot.
+    pub fn chat_template(&self) -> &Result<ChatTemplate> {
+        &self.chat_template
     }
 
     /// Tokens that end a text.
@@ -194,6 +202,15 @@ impl Model {
     pub fn head(&self) -> Option<&Arc<Head>> {
         self.head.as_ref()
     }
+}
+
+/// A model whose template is missing or broken still serves prompts, so this is an error only for who wants it.
+fn chat_template(files: &ModelFiles) -> Result<ChatTemplate> {
+    let template = ChatTemplate::from_files(files.chat_template.as_deref(), files.tokenizer_config.as_deref());
+    template.map_err(|e| {
+        tracing::info!(model = files.name, %e, "no conversations");
+        e.context(format!("model {}", files.name))
+    })
 }
 
 /// The base's own classification head, if the checkpoint has one.

@@ -99,6 +99,7 @@ impl Server {
         let (tokenizer, shape) = (model.tokenizer().clone(), model.shape());
         let encoder = shape.encoder;
         let classifier = model.head().map(|head| (head.clone(), info.labels.clone()));
+        let chat_template = model.chat_template().clone();
         let engine_config = config.engine.clone();
         let engine = blocking(move || Engine::start(model, &engine_config)).await?;
 
@@ -124,6 +125,7 @@ impl Server {
         let handle = engine.handle();
         let admission = Admission::new(admission::Parts {
             tokenizer,
+            chat_template,
             registry: Arc::clone(&registry),
             limits: config.limits.clone(),
             max_model_len: handle.max_model_len(),

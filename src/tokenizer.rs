@@ -1,4 +1,6 @@
 //! The base model's tokenizer, and text that grows token by token.
+pub mod chat;
+
 use crate::error::{Context, Error, Kind, Result};
 use std::sync::Arc;
 

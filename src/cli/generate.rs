@@ -22,6 +22,12 @@ pub(super) struct Generate {
     skip_template: bool,
     #[command(flatten)]
     stack: Stack,
+    /// The prompt is a user's message: word it by the base model's chat template.
+    #[arg(long, conflicts_with = "skip_template")]
+    chat: bool,
+    /// A system message before it.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
     /// Show the text as it comes.
     #[arg(long)]
     stream: bool,
@@ -115,11 +121,22 @@ impl Generate {
         Ok(())
     }
 
+    fn input(&self) -> Result<Input, Failure> {
+        let text = prompt(&self.prompt)?;
+        if !self.chat {
+            return Ok(Input::Prompt(text));
+        }
+        let message = |role: &str, content: String| proto::ChatMessage { role: role.into(), content };
+        let system = self.system.iter().map(|text| message("system", text.clone()));
+        let messages = system.chain([message("user", text)]).collect();
+        Ok(Input::Messages(proto::Messages { messages, add_generation_prompt: None }))
+    }
+
     fn message(&self) -> Result<proto::GenerateRequest, Failure> {
         let (s, t) = (&self.sampling, &self.stopping);
         Ok(proto::GenerateRequest {
             adapter_id: self.adapter.clone().unwrap_or_default(),
-            input: Some(Input::Prompt(prompt(&self.prompt)?)),
+            input: Some(self.input()?),
             sampling: Some(proto::Sampling {
                 temperature: s.temperature,
                 top_k: s.top_k,

@@ -68,6 +68,7 @@ impl Tokenize {
             skip_template: self.skip_template,
             prefix_adapter_ids: self.stack.prefix_adapters,
             task_id: self.stack.task,
+            messages: None,
         };
         let request = self.connection.request(message)?;
         let response = self.connection.inference().await?.tokenize(request).await?.into_inner();

@@ -17,6 +17,10 @@ pub struct ModelFiles {
     pub generation_config: Option<Bytes>,
     /// `tokenizer.json`.
     pub tokenizer: Bytes,
+    /// `tokenizer_config.json`: special tokens and, mostly, the chat template.
+    pub tokenizer_config: Option<Bytes>,
+    /// `chat_template.jinja`: where newer transformers saves the chat template.
+    pub chat_template: Option<Bytes>,
     /// One or more safetensors.
     pub weights: Vec<WeightFile>,
 }
@@ -82,12 +86,17 @@ fn embedded() -> ModelFiles {
         config: file!("config.json"),
         generation_config: Some(file!("generation_config.json")),
         tokenizer: file!("tokenizer.json"),
+        tokenizer_config: Some(file!("tokenizer_config.json")),
+        chat_template: None,
         weights: vec![WeightFile { name: "model.safetensors".into(), bytes: file!("model.safetensors") }],
     }
 }
 
 fn folder(name: &str, dir: &Path) -> Result<ModelFiles> {
-    let generation = dir.join("generation_config.json");
+    let optional = |file: &str| {
+        let path = dir.join(file);
+        path.is_file().then(|| read(&path).map(Bytes::Owned)).transpose()
+    };
     let index = dir.join("model.safetensors.index.json");
     let shards = if index.is_file() { shard_names(&read(&index)?)? } else { vec!["model.safetensors".to_owned()] };
     let weight = |shard: String| {
@@ -98,8 +107,10 @@ fn folder(name: &str, dir: &Path) -> Result<ModelFiles> {
     Ok(ModelFiles {
         name: name.into(),
         config: Bytes::Owned(read(&dir.join("config.json"))?),
-        generation_config: if generation.is_file() { Some(Bytes::Owned(read(&generation)?)) } else { None },
+        generation_config: optional("generation_config.json")?,
         tokenizer: Bytes::Owned(read(&dir.join("tokenizer.json"))?),
+        tokenizer_config: optional("tokenizer_config.json")?,
+        chat_template: optional("chat_template.jinja")?,
         weights: shards.into_iter().map(weight).collect::<Result<_>>()?,
     })
 }
@@ -112,8 +123,10 @@ fn hub(id: &str) -> Result<ModelFiles> {
     let get = |file: &str| repo.get(file).or_kind(Kind::InvalidArgument, format!("{place}: {file}"));
     let config: PathBuf = get("config.json")?;
     get("tokenizer.json")?;
-    if let Err(e) = get("generation_config.json") {
-        tracing::debug!(%e, "no generation_config.json");
+    for file in ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"] {
+        if let Err(e) = get(file) {
+            tracing::debug!(%e, "no {file}");
+        }
     }
     match repo.get("model.safetensors.index.json") {
         Ok(index) => {

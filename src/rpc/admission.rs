@@ -3,13 +3,14 @@
 mod who;
 
 use super::call::Call;
-use super::convert::{self, Prompt, Room, Target};
+use super::convert::{self, Chat, Prompt, Room, Target};
 use super::proto;
 use crate::adapter::{Head, InputRow, Piece, Registry};
 use crate::config::Limits;
 use crate::engine::request::{Request, Sampling, Stopping};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat::ChatTemplate;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -17,6 +18,9 @@ pub use who::Who;
 
 /// Longer texts are tokenised on a thread of their own: about a millisecond of work.
 const SMALL_TEXT: usize = 8 << 10;
+
+/// Likewise conversations of more messages.
+const SMALL_CHAT: usize = 64;
 
 /// Of those, so many at once: a crowd of huge prompts must not take the engine's cores.
 const LARGE_TEXTS: usize = 2;
@@ -36,6 +40,8 @@ pub struct Admission {
 pub struct Parts {
     /// The base model's tokenizer.
     pub tokenizer: Tokenizer,
+    /// How it words conversations; else why it cannot.
+    pub chat_template: Result<ChatTemplate>,
     /// Who is loaded.
     pub registry: Arc<Registry>,
     /// What a request may ask for.
@@ -188,7 +194,14 @@ impl Admission {
     pub async fn tokenize(&self, message: proto::TokenizeRequest) -> Result<Input> {
         let target = Target::new(&message.adapter_id, None, message.skip_template)?
             .with(&message.prefix_adapter_ids, message.task_id)?;
-        self.input(self.who(&target)?, target.skip_template, Prompt::Text(message.prompt)).await
+        let prompt = match message.messages {
+            Some(messages) if message.prompt.is_empty() => Prompt::Chat(messages.try_into()?),
+            Some(_) => {
+                return Err(Error::invalid("prompt", format!("{:?}", message.prompt), "but `messages` is given"));
+            }
+            None => Prompt::Text(message.prompt),
+        };
+        self.input(self.who(&target)?, target.skip_template, prompt).await
     }
 
     fn who(&self, target: &Target) -> Result<Who> {
@@ -223,6 +236,11 @@ impl Admission {
                 };
                 self.rows(pieces, who.adds_special_tokens(), &mut rows).await?
             }
+            Prompt::Chat(_) if who.places_virtual_tokens() => return nowhere("messages", "given"),
+            Prompt::Chat(chat) => {
+                let pieces = vec![Piece::Text(self.worded(chat).await?)];
+                self.rows(pieces, false, &mut rows).await?
+            }
         };
         if rows.is_empty() {
             return Err(Error::invalid("input", "no token", "must be at least one"));
@@ -250,6 +268,7 @@ impl Admission {
         for (i, content) in contents.into_iter().enumerate() {
             let tokens = match content {
                 Prompt::Text(text) => self.encode(vec![text], false).await?.concat(),
+                Prompt::Chat(chat) => self.encode(vec![self.worded(chat).await?], false).await?.concat(),
                 Prompt::Tokens(ids) => convert::token_ids(field, ids, self.parts.vocab_size)?,
             };
             if tokens.is_empty() {
@@ -260,19 +279,34 @@ impl Admission {
         Ok(all)
     }
 
+    /// The text of a conversation. It holds its special tokens, and the adapter's template has no part in it.
+    async fn worded(&self, chat: Chat) -> Result<String> {
+        let (bytes, messages) = (chat.bytes(), chat.messages.len());
+        self.check_bytes("messages", bytes)?;
+        let template = self.parts.chat_template.clone()?;
+        let render = move || template.render(&chat.messages, chat.add_generation_prompt);
+        if bytes <= SMALL_TEXT && messages <= SMALL_CHAT {
+            return render();
+        }
+        self.aside(render).await
+    }
+
     async fn encode(&self, texts: Vec<String>, special: bool) -> Result<Vec<Vec<u32>>> {
-        fn encode(tokenizer: &Tokenizer, texts: &[String], special: bool) -> Result<Vec<Vec<u32>>> {
+        let bytes: usize = texts.iter().map(String::len).sum();
+        let tokenizer = self.tokenizer().clone();
+        let encode = move || {
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
             tokenizer.encode_pieces(&texts, special)
-        }
-        if texts.iter().map(String::len).sum::<usize>() <= SMALL_TEXT {
-            return encode(self.tokenizer(), &texts, special);
-        }
+        };
+        if bytes <= SMALL_TEXT { encode() } else { self.aside(encode).await }
+    }
+
+    /// The result of long work, done on a thread of its own.
+    async fn aside<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
         // Never closed while `self` lives.
         let _permit = self.large_texts.acquire().await.map_err(|e| Error::internal(format!("tokenizer: {e}")))?;
-        let tokenizer = self.tokenizer().clone();
-        let tokens = tokio::task::spawn_blocking(move || encode(&tokenizer, &texts, special)).await;
-        tokens.map_err(|e| Error::internal(format!("tokenizer: {e}")))?
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|e| Error::internal(format!("tokenizer: {e}")))?
     }
 
     fn scoring(&self, call: &Call, input: Input, continuations: Vec<Vec<u32>>, labels: Vec<String>) -> Result<Scoring> {

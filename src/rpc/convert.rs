@@ -6,5 +6,5 @@ mod status;
 
 pub use adapters::{adapter, adapter_ref, adapter_refs, status_of};
 pub use answers::{Vocabulary, finish_reason, timings, usage};
-pub use requests::{Prompt, Room, Target, choices, content, sampling, stopping, token_ids};
+pub use requests::{Chat, Prompt, Room, Target, choices, content, sampling, stopping, token_ids};
 pub use status::{code_name, from_wire, status};

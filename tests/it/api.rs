@@ -154,9 +154,15 @@ async fn scores_add_up_to_what_generation_says_and_classify_ranks_by_them() {
 async fn deadlines_and_cancellation_return_the_pages() {
     let served = Served::start(EngineConfig { prefix_caching: false, ..EngineConfig::default() }).await;
     let mut client = served.inference().await;
-    let mut request = tonic::Request::new(long("describe", "name = Zazan", 200));
-    request.set_timeout(std::time::Duration::from_millis(30));
-    assert_eq!(client.generate(request).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+    // This client has a timer of its own, which says Cancelled where the machine is too busy to answer 2 ms before it.
+    let mut codes = Vec::new();
+    while codes.len() < 10 && !codes.contains(&tonic::Code::DeadlineExceeded) {
+        let mut request = tonic::Request::new(long("describe", "name = Zazan", 200));
+        request.set_timeout(std::time::Duration::from_millis(30));
+        codes.push(client.generate(request).await.unwrap_err().code());
+    }
+    assert_eq!(codes.pop(), Some(tonic::Code::DeadlineExceeded));
+    assert!(codes.iter().all(|code| *code == tonic::Code::Cancelled), "{codes:?}");
     let mut stream = client.generate_stream(long("slots", "book", 200)).await.unwrap().into_inner();
     stream.next().await.unwrap().unwrap();
     drop(stream);

@@ -10,6 +10,7 @@ use prefixd::config::DtypeChoice;
 use prefixd::model::Model;
 use prefixd::model::config::ModelConfig;
 use prefixd::tokenizer::Tokenizer;
+use prefixd::tokenizer::chat::{ChatMessage, ChatTemplate, SpecialTokens};
 use std::path::Path;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -170,6 +171,24 @@ fn task_card() {
         }
         text.len()
     });
+}
+
+#[test]
+fn chat_template() {
+    let cases: serde_json::Value = serde_json::from_str(include_str!("chat.json")).unwrap();
+    let message = |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
+    let messages = [message("system", "be brief"), message("user", "hi \u{1F600}\n"), message("assistant", "")];
+    for (name, template) in cases["templates"].as_object().unwrap() {
+        let template = template.as_str().unwrap();
+        fuzz("chat template", template.as_bytes(), |bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            if let Ok(template) = ChatTemplate::new(&text, SpecialTokens::default()) {
+                let _ = template.render(&messages, true);
+            }
+            text.len()
+        });
+        println!("{name}");
+    }
 }
 
 /// One file of the adapter is harmed, the other is sound.

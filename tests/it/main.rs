@@ -4,6 +4,7 @@
 mod api;
 mod bad_input;
 mod candle_peer;
+mod chat;
 mod drain;
 mod fuzz;
 mod hot_load;

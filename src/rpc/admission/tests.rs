@@ -38,6 +38,7 @@ fn desk(encoder: bool) -> Desk {
         vocab_size,
         encoder,
         classifier: None,
+        chat_template: Err(Error::precondition("no chat template")),
     };
     Desk { admission: Admission::new(parts), registry, shape }
 }

@@ -4,12 +4,15 @@ use crate::config::Limits;
 use crate::engine::request::{Sampling, Stopping};
 use crate::error::{Error, Result};
 use crate::rpc::proto;
+use crate::tokenizer::chat::ChatMessage;
 
 /// New tokens where neither the request nor the task card says.
 const DEFAULT_MAX_NEW_TOKENS: usize = 64;
 
 /// Prefixes before the adapter's own.
 const MAX_PREFIX_ADAPTERS: usize = 8;
+/// Messages of one conversation: a chat template may walk through all of them for each.
+const MAX_MESSAGES: usize = 1024;
 
 /// Which task answers.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +66,46 @@ pub enum Prompt {
     Text(String),
     /// Used as they are.
     Tokens(Vec<u32>),
+    /// Goes through the model's chat template and the tokenizer.
+    Chat(Chat),
+}
+
+/// A conversation: at least one message, each with a role.
+#[derive(Clone, Debug)]
+pub struct Chat {
+    /// Oldest first.
+    pub messages: Vec<ChatMessage>,
+    /// End the text where the assistant's answer starts.
+    pub add_generation_prompt: bool,
+}
+
+impl Chat {
+    /// Bytes of all roles and contents.
+    pub fn bytes(&self) -> usize {
+        self.messages.iter().map(|m| m.role.len() + m.content.len()).sum()
+    }
+}
+
+impl TryFrom<proto::Messages> for Chat {
+    type Error = Error;
+    fn try_from(wire: proto::Messages) -> Result<Self> {
+        let count = wire.messages.len();
+        if !(1..=MAX_MESSAGES).contains(&count) {
+            return Err(Error::invalid(
+                "messages",
+                format!("a list of {count}"),
+                format!("must have 1 to {MAX_MESSAGES}"),
+            ));
+        }
+        if let Some(i) = wire.messages.iter().position(|m| m.role.is_empty()) {
+            return Err(Error::invalid("messages", format!("without a role at index {i}"), "each must have one"));
+        }
+        let message = |m: proto::ChatMessage| ChatMessage { role: m.role, content: m.content };
+        Ok(Chat {
+            messages: wire.messages.into_iter().map(message).collect(),
+            add_generation_prompt: wire.add_generation_prompt.unwrap_or(true),
+        })
+    }
 }
 
 /// The three `input` oneofs say the same thing in three generated types.
@@ -74,7 +117,8 @@ macro_rules! prompt_from {
                 match input {
                     Some(proto::$module::Input::Prompt(text)) => Ok(Prompt::Text(text)),
                     Some(proto::$module::Input::TokenIds(t)) => Ok(Prompt::Tokens(t.ids)),
-                    None => Err(Error::invalid("input", "missing", "give `prompt` or `token_ids`")),
+                    Some(proto::$module::Input::Messages(m)) => Ok(Prompt::Chat(m.try_into()?)),
+                    None => Err(Error::invalid("input", "missing", "give `prompt`, `token_ids` or `messages`")),
                 }
             }
         }
