@@ -32,7 +32,7 @@ pub struct ChatMessage {
     pub content: String,
 }
 
-/// Special tokens by the names of [`TOKEN_NAMES`]; those that the model lacks are undefined in the template.
+/// Special tokens by name, `bos_token` and the like; those that the model lacks are undefined in the template.
 pub type SpecialTokens = BTreeMap<String, String>;
 
 /// A template that parses. Cheap to clone.
