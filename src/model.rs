@@ -208,7 +208,7 @@ impl Model {
 fn chat_template(files: &ModelFiles) -> Result<ChatTemplate> {
     let template = ChatTemplate::from_files(files.chat_template.as_deref(), files.tokenizer_config.as_deref());
     template.map_err(|e| {
-        tracing::info!(model = files.name, %e, "no conversations");
+        tracing::info!(model = files.name, %e, "`messages` will be refused");
         e.context(format!("model {}", files.name))
     })
 }

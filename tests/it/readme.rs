@@ -1,5 +1,5 @@
 //! The README's tables of families and adapter kinds say what the code has.
-use prefixd::adapter::Method;
+use prefixd::adapter::{Method, TaskCard};
 use prefixd::model::config::{FAMILIES, Family, Positions, Residual};
 
 /// The lines between `<!-- name -->` and `<!-- end name -->` of the README.
@@ -47,4 +47,23 @@ fn kinds_are_those_of_the_code() {
         want += &format!("| {} | {served} |\n", method.as_str());
     }
     assert!(block("kinds") == want, "the README's table should be:\n{want}");
+}
+
+/// The card in the README names every key there is, and is a sound card.
+#[test]
+fn the_task_card_is_one() {
+    let readme = std::fs::read_to_string("README.md").unwrap();
+    let (_, rest) = readme.split_once("```toml\n").unwrap();
+    let card = TaskCard::parse(rest.split_once("```").unwrap().0).unwrap();
+    assert_eq!(card.labels, ["good", "bad"]);
+    let source = std::fs::read_to_string("src/adapter/task.rs").unwrap();
+    let (_, fields) = source.split_once("pub struct TaskCard {").unwrap();
+    for line in fields.split_once("\n}").unwrap().0.lines().map(str::trim) {
+        let Some((field, _)) =
+            line.trim_start_matches("pub ").split_once(": ").filter(|_| !line.starts_with(['/', '#']))
+        else {
+            continue;
+        };
+        assert!(field == "num_virtual_tokens" || readme.contains(field), "the README lacks `{field}`");
+    }
 }
