@@ -45,8 +45,11 @@ macro_rules! simd {
 }
 
 pub mod activation;
+pub mod cross_entropy;
 pub mod embed;
 pub mod float;
+#[cfg(test)]
+mod gradient;
 pub mod kv_write;
 pub mod linear;
 pub mod mapped;

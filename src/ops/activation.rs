@@ -2,7 +2,7 @@
 //!
 //! Gated: y = f(gate) * up, of a fused projection `[gate | up]` (SwiGLU and GeGLU, Shazeer 2020). Plain: y = f(x).
 use super::{Pool, Shared, f32_slice, float, linear::Cpu};
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
 /// Rows in one unit of work.
@@ -33,6 +33,32 @@ impl Function {
         })
     }
 }
+
+impl Function {
+    /// f(x) and f'(x).
+    fn with_slope(self, x: f32) -> (f32, f32) {
+        match self {
+            Function::Silu => {
+                let f = float::silu(x);
+                let sigmoid = 1.0 / (1.0 + float::exp(-x.max(-87.0)));
+                (f, sigmoid + f * (1.0 - sigmoid))
+            }
+            Function::Gelu => {
+                let phi = 0.5 * (1.0 + float::erf(x * std::f32::consts::FRAC_1_SQRT_2));
+                // The density of the normal distribution: 1 / sqrt(2 pi) e^(-x^2 / 2).
+                (x * phi, phi + x * 0.398_942_3 * float::exp(-0.5 * x * x))
+            }
+            Function::GeluTanh => {
+                let t = float::tanh(SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x));
+                let inner = SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044_715 * x * x);
+                (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner)
+            }
+            Function::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+        }
+    }
+}
+
+const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 
 /// The op; it has no weights.
 #[derive(Clone)]
@@ -90,6 +116,37 @@ impl CustomOp1 for Activation {
         });
         Ok((CpuStorage::F32(y), (m, out_width).into()))
     }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(x.contiguous()?.apply_op2(&dy.contiguous()?, Gradient(self.clone()))?))
+    }
+}
+
+/// x and dy -> dx. Gated: d gate = f'(gate) up dy, d up = f(gate) dy.
+struct Gradient(Activation);
+
+impl CustomOp2 for Gradient {
+    fn name(&self) -> &'static str {
+        "activation_gradient"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, dy) = (f32_slice(x, xl, "activation")?, f32_slice(dy, dyl, "activation")?);
+        let (m, width) = xl.shape().dims2()?;
+        let (out, function) = (if self.0.gated { width / 2 } else { width }, self.0.function);
+        let mut dx = vec![0f32; m * width];
+        for ((x, dy), dx) in x.chunks_exact(width).zip(dy.chunks_exact(out)).zip(dx.chunks_exact_mut(width)) {
+            let ((gate, up), (d_gate, d_up)) = (x.split_at(out), dx.split_at_mut(out));
+            for i in 0..out {
+                let (f, slope) = function.with_slope(gate[i]);
+                d_gate[i] = slope * dy[i] * up.get(i).copied().unwrap_or(1.0);
+                if let Some(d_up) = d_up.get_mut(i) {
+                    *d_up = f * dy[i];
+                }
+            }
+        }
+        Ok((CpuStorage::F32(dx), (m, width).into()))
+    }
 }
 
 macro_rules! activation {
@@ -109,7 +166,7 @@ macro_rules! activation {
 
 activation!(silu, float::silu);
 activation!(gelu, |x: f32| 0.5 * x * (1.0 + float::erf(x * std::f32::consts::FRAC_1_SQRT_2)));
-activation!(gelu_tanh, |x: f32| 0.5 * x * (1.0 + float::tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))));
+activation!(gelu_tanh, |x: f32| 0.5 * x * (1.0 + float::tanh(SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x))));
 activation!(relu, |x: f32| if x > 0.0 { x } else { 0.0 });
 
 #[cfg(test)]

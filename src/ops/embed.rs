@@ -73,6 +73,19 @@ impl CustomOp1 for Embed {
         }
         Ok((CpuStorage::F32(y), (self.rows.len(), hidden).into()))
     }
+
+    /// Each soft row gets the sum over the rows that are it; the table and the positions are frozen.
+    fn bwd(&self, soft: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let (num_soft, hidden) = soft.dims2()?;
+        let mut gradient = vec![0f32; num_soft * hidden];
+        let dy = dy.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        for (row, dy) in self.rows.iter().zip(dy.chunks_exact(hidden)) {
+            if let RowSource::Soft(i) = *row {
+                gradient[i as usize * hidden..][..hidden].iter_mut().zip(dy).for_each(|(g, d)| *g += d);
+            }
+        }
+        Ok(Some(Tensor::from_vec(gradient, (num_soft, hidden), soft.device())?))
+    }
 }
 
 #[cfg(test)]

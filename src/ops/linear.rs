@@ -117,6 +117,30 @@ impl CustomOp1 for Linear {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         self.run(x, layout, None)
     }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy.contiguous()?.apply_op1(InputGradient(self.clone()))?))
+    }
+}
+
+/// dy `[m, n]` -> dx `[m, k]`. The weight and the bias are frozen: they have no gradient to lose.
+struct InputGradient(Linear);
+
+impl CustomOp1 for InputGradient {
+    fn name(&self) -> &'static str {
+        "linear_input_gradient"
+    }
+
+    fn cpu_fwd(&self, dy: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let weight = &self.0.weight;
+        let (m, n) = layout.shape().dims2()?;
+        if n != weight.n() {
+            bail!("linear: dy is [{m}, {n}], the weight [{}, {}]", weight.n(), weight.k());
+        }
+        let mut dx = vec![0f32; m * weight.k()];
+        weight.backward(f32_slice(dy, layout, "linear")?, m, &mut dx, &self.0.cpu.pool);
+        Ok((CpuStorage::F32(dx), (m, weight.k()).into()))
+    }
 }
 
 impl CustomOp2 for Linear {
@@ -129,6 +153,10 @@ impl CustomOp2 for Linear {
             bail!("linear_add: residual is {:?}, x {:?}, n {}", rl.shape(), xl.shape(), self.weight.n());
         }
         self.run(x, xl, Some(f32_slice(r, rl, "linear_add")?))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(dy.contiguous()?.apply_op1(InputGradient(self.clone()))?), Some(dy.clone())))
     }
 }
 

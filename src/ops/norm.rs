@@ -3,7 +3,7 @@
 //! RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019; `LlamaRMSNorm`).
 //! LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016; `torch.nn.LayerNorm`).
 use super::f32_slice;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
 /// A norm with frozen weights `[hidden]`.
@@ -50,6 +50,28 @@ impl CustomOp1 for Norm {
         }
         Ok((CpuStorage::F32(y), (m, hidden).into()))
     }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(x.contiguous()?.apply_op2(&dy.contiguous()?, Gradient(self.clone()))?))
+    }
+}
+
+/// x and dy -> dx. With n = (x - mean) s, s = 1 / sqrt(var + eps) and g = dy w:
+/// dx = s (g - mean(g) - n mean(g n)); RMSNorm has no mean to take off.
+struct Gradient(Norm);
+
+impl CustomOp2 for Gradient {
+    fn name(&self) -> &'static str {
+        "norm_gradient"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, dy) = (f32_slice(x, xl, "norm")?, f32_slice(dy, dyl, "norm")?);
+        let Norm { weight, bias, eps } = &self.0;
+        let mut dx = vec![0f32; x.len()];
+        norm_gradient(x, dy, weight, bias.is_some(), *eps, &mut dx);
+        Ok((CpuStorage::F32(dx), xl.shape().clone()))
+    }
 }
 
 /// RMSNorm of each query and key head by itself, before RoPE (Qwen3, Gemma 3).
@@ -95,6 +117,32 @@ impl CustomOp1 for HeadNorm {
         }
         Ok((CpuStorage::F32(y), (m, width).into()))
     }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(x.contiguous()?.apply_op2(&dy.contiguous()?, HeadGradient(self.clone()))?))
+    }
+}
+
+/// x and dy -> dx, a norm of each head by itself.
+struct HeadGradient(HeadNorm);
+
+impl CustomOp2 for HeadGradient {
+    fn name(&self) -> &'static str {
+        "head_norm_gradient"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, dy) = (f32_slice(x, xl, "head_norm")?, f32_slice(dy, dyl, "head_norm")?);
+        let HeadNorm { q, k, eps, heads, kv_heads } = &self.0;
+        let (width, q_end) = (xl.shape().dims2()?.1, heads * q.len());
+        let k_end = q_end + kv_heads * k.len();
+        let mut dx = dy.to_vec();
+        for ((x, dy), dx) in x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
+            norm_gradient(&x[..q_end], &dy[..q_end], q, false, *eps, &mut dx[..q_end]);
+            norm_gradient(&x[q_end..k_end], &dy[q_end..k_end], k, false, *eps, &mut dx[q_end..k_end]);
+        }
+        Ok((CpuStorage::F32(dx), xl.shape().clone()))
+    }
 }
 
 /// 16 partial sums, folded in one order: the same bits on every instruction set.
@@ -129,6 +177,24 @@ simd! {
             let scale = 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / hidden as f32 + eps).sqrt();
             for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
                 *y = (x - mean) * scale * w + b;
+            }
+        }
+    }
+}
+
+simd! {
+    fn norm_gradient(x: &[f32], dy: &[f32], weight: &[f32], centred: bool, eps: f32, dx: &mut [f32]) {
+        let hidden = weight.len();
+        let count = hidden as f32;
+        for ((x, dy), dx) in x.chunks_exact(hidden).zip(dy.chunks_exact(hidden)).zip(dx.chunks_exact_mut(hidden)) {
+            let mean = if centred { sum(x, |v| v) / count } else { 0.0 };
+            let scale = 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / count + eps).sqrt();
+            // g in dx's place.
+            dx.iter_mut().zip(dy).zip(weight).for_each(|((d, dy), w)| *d = dy * w);
+            let mean_g = if centred { sum(dx, |v| v) / count } else { 0.0 };
+            let along = dx.iter().zip(x).map(|(g, x)| g * (x - mean)).sum::<f32>() * scale / count;
+            for (d, x) in dx.iter_mut().zip(x) {
+                *d = scale * (*d - mean_g - (x - mean) * scale * along);
             }
         }
     }

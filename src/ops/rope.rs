@@ -29,10 +29,13 @@ impl RopeTable {
     }
 }
 
+#[derive(Clone)]
 struct Rope {
     table: Arc<RopeTable>,
     positions: Arc<[u32]>,
     heads: Heads,
+    /// The other way round: the gradient of a turn is the turn back.
+    back: bool,
 }
 
 /// The heads that turn: q and k.
@@ -46,7 +49,7 @@ pub struct Heads {
 
 /// Turns the first heads of `qkv` `[m, width]` by `positions` `[m]`; the rest of a row is copied.
 pub fn rope(qkv: &Tensor, table: &Arc<RopeTable>, positions: &Arc<[u32]>, heads: Heads) -> Result<Tensor> {
-    qkv.apply_op1(Rope { table: table.clone(), positions: positions.clone(), heads })
+    qkv.apply_op1(Rope { table: table.clone(), positions: positions.clone(), heads, back: false })
 }
 
 impl CustomOp1 for Rope {
@@ -69,17 +72,24 @@ impl CustomOp1 for Rope {
         let mut y = x.to_vec();
         for (row, &p) in y.chunks_exact_mut(width).zip(&*self.positions) {
             let at = p as usize * half;
-            turn(&mut row[..count * dim], dim, &self.table.cos[at..at + half], &self.table.sin[at..at + half]);
+            let sign = if self.back { -1.0 } else { 1.0 };
+            turn(&mut row[..count * dim], dim, &self.table.cos[at..at + half], &self.table.sin[at..at + half], sign);
         }
         Ok((CpuStorage::F32(y), (m, width).into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy.contiguous()?.apply_op1(Rope { back: !self.back, ..self.clone() })?))
     }
 }
 
 simd! {
-    fn turn(heads: &mut [f32], dim: usize, cos: &[f32], sin: &[f32]) {
+    fn turn(heads: &mut [f32], dim: usize, cos: &[f32], sin: &[f32], sign: f32) {
         for head in heads.chunks_exact_mut(dim) {
             let (a, b) = head[..2 * cos.len()].split_at_mut(cos.len());
             for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                // By 1 or -1 no bit changes but the sign.
+                let s = s * sign;
                 (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
             }
         }

@@ -11,6 +11,8 @@ const X_BLOCK_BYTES: usize = 256 << 10;
 const PREFETCH_BYTES: usize = 8192;
 /// W in one unit of work.
 const CHUNK_BYTES: usize = 1 << 20;
+/// Columns of W in one unit of work of the gradient.
+const K_BLOCK: usize = 64;
 /// Below so many elements of x the caller packs alone.
 const PARALLEL_PACK: usize = 1 << 15;
 
@@ -176,6 +178,50 @@ impl Packed {
         });
     }
 
+    /// dx `[m, k]` = dy `[m, n]` W: the gradient of the input. Row-major, contiguous, overwrites dx.
+    ///
+    /// From the same panels, without a second copy of W: a block of 32 rows and [`K_BLOCK`] columns is unpacked, transposed
+    /// and used for all rows of dy. bf16 weights are widened, dy stays f32. Each dx element is summed over ascending n, so a
+    /// row's bits depend neither on the number of rows nor on the threads.
+    pub fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32], pool: &Pool) {
+        assert_eq!(dy.len(), m * self.n);
+        assert_eq!(dx.len(), m * self.k);
+        let (n, k, dx) = (self.n, self.k, Shared(dx.as_mut_ptr()));
+        pool.for_each(k.div_ceil(K_BLOCK), |block| {
+            let columns = block * K_BLOCK..k.min((block + 1) * K_BLOCK);
+            let (mut w, mut sums) = ([0f32; COLUMNS * K_BLOCK], vec![0f32; m * K_BLOCK]);
+            for panel in 0..n.div_ceil(COLUMNS) {
+                let rows = panel * COLUMNS..n.min((panel + 1) * COLUMNS);
+                self.unpack(panel, columns.clone(), &mut w);
+                for (dy, sum) in dy.chunks_exact(n).zip(sums.chunks_exact_mut(K_BLOCK)) {
+                    add_rows(&dy[rows.clone()], &w, sum);
+                }
+            }
+            for (r, sum) in sums.chunks_exact(K_BLOCK).enumerate() {
+                // SAFETY: the columns of a block belong to one unit of work.
+                unsafe {
+                    let to = dx.get().add(r * k + columns.start);
+                    std::ptr::copy_nonoverlapping(sum.as_ptr(), to, columns.len());
+                }
+            }
+        });
+    }
+
+    /// Rows of `panel` and `columns` of W into `w` `[COLUMNS, K_BLOCK]`; what lies outside W is left as it is.
+    fn unpack(&self, panel: usize, columns: std::ops::Range<usize>, w: &mut [f32]) {
+        let panel = &self.buffer.as_slice()[panel * self.panel..][..self.panel];
+        for (i, column) in columns.enumerate() {
+            let (dword, half) = (column / per_dword(self.kind), column % per_dword(self.kind));
+            let line = &panel[dword * COLUMNS..(dword + 1) * COLUMNS];
+            for (row, dword) in line.iter().enumerate() {
+                w[row * K_BLOCK + i] = match self.kind {
+                    Kind::F32 => f32::from_bits(*dword),
+                    Kind::Bf16 => bf16_to_f32((dword >> (16 * half)) as u16),
+                };
+            }
+        }
+    }
+
     /// All rows times some panels: blocks of x stay in L2, W streams by.
     ///
     /// # Safety
@@ -224,6 +270,20 @@ impl Packed {
             }
             t0 = t1;
         }
+    }
+}
+
+simd! {
+    /// `sum` `[K_BLOCK]` += sum over rows of dy * w `[rows, K_BLOCK]`, in ascending order.
+    fn add_rows(dy: &[f32], w: &[f32], sum: &mut [f32]) {
+        let mut acc = [0f32; K_BLOCK];
+        acc.copy_from_slice(&sum[..K_BLOCK]);
+        for (dy, w) in dy.iter().zip(w.chunks_exact(K_BLOCK)) {
+            for (a, w) in acc.iter_mut().zip(w) {
+                *a += dy * w;
+            }
+        }
+        sum[..K_BLOCK].copy_from_slice(&acc);
     }
 }
 

@@ -228,3 +228,16 @@ fn a_plan_that_does_not_fit_is_an_error() {
         assert!(prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Cpu::new(1)).is_err());
     }
 }
+
+/// The view that serves has no gradient, and says so: training uses the packed one.
+#[test]
+fn a_missing_gradient_is_loud() {
+    let layout = KvLayout { kv_heads: 1, head_dim: 8 };
+    let qkv = candle_core::Var::zeros((1, 24), DType::F32, &Device::Cpu).unwrap();
+    let keys = Tensor::zeros((1, 1, 8, PAGE), DType::F32, &Device::Cpu).unwrap();
+    let values = Tensor::zeros((1, 1, PAGE, 8), DType::F32, &Device::Cpu).unwrap();
+    let view = SequenceView { rows: 0..1, first: 0, prefix_len: 0, prefix_pages: 0..0, own_pages: 0..1 };
+    let plan = Arc::new(Plan::new(vec![view], vec![0], layout, 1));
+    let out = prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Cpu::new(1)).unwrap();
+    assert!(out.backward().is_err());
+}

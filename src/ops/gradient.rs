@@ -1,0 +1,131 @@
+//! Gradients against central differences, through candle's own graph.
+#![allow(clippy::unwrap_used)]
+use super::activation::{Activation, Function};
+use super::embed::{Embedding, RowSource, embed};
+use super::linear::{Cpu, Isa, Linear, Packed};
+use super::norm::{HeadNorm, Norm};
+use super::rope::{Heads, RopeTable, rope};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use std::sync::Arc;
+
+fn noise(seed: usize, n: usize) -> Vec<f32> {
+    (0..n).map(|i| (((i + 31 * seed) as f64 * 12.9898).sin() * 43758.547).fract() as f32 * 1.5).collect()
+}
+
+/// Checks d sum(r * op(x)) / dx at every element. The op runs in f32: with a step of 2^-6 its rounding stays below a
+/// thousandth of what is measured, and so does the third derivative's share.
+fn check(what: &str, shape: (usize, usize), op: impl Fn(&Tensor) -> Result<Tensor>) {
+    let x = noise(1, shape.0 * shape.1);
+    let tensor = |x: &[f32]| Tensor::from_slice(x, shape, &Device::Cpu).unwrap();
+    let var = Var::from_tensor(&tensor(&x)).unwrap();
+    let y = op(&var).unwrap();
+    let r = Tensor::from_vec(noise(2, y.elem_count()), y.shape(), &Device::Cpu).unwrap();
+    let loss = |x: &[f32]| -> f64 {
+        let y = op(&tensor(x)).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let r = r.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        y.iter().zip(r).map(|(y, r)| f64::from(*y) * f64::from(r)).sum()
+    };
+    let gradients = (y * &r).unwrap().sum_all().unwrap().backward().unwrap();
+    let got = gradients.get(&var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let h = 1.0 / 64.0;
+    for i in 0..x.len() {
+        let at = |by: f32| {
+            let mut moved = x.clone();
+            moved[i] += by;
+            loss(&moved)
+        };
+        // Richardson's extrapolation takes the third derivative out.
+        let (near, far) = ((at(h) - at(-h)) / f64::from(2.0 * h), (at(2.0 * h) - at(-2.0 * h)) / f64::from(4.0 * h));
+        let want = (4.0 * near - far) / 3.0;
+        assert!((f64::from(got[i]) - want).abs() < 2e-3 * want.abs().max(1.0), "{what} at {i}: {} {want}", got[i]);
+    }
+}
+
+fn weight(n: usize, k: usize, dtype: DType) -> Tensor {
+    Tensor::from_vec(noise(3, n * k), (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+#[test]
+fn linear() {
+    for (m, k, n) in [(1, 5, 3), (3, 70, 33), (9, 130, 40)] {
+        let cpu = Cpu::new(2);
+        let bias = Tensor::from_vec(noise(5, n), n, &Device::Cpu).unwrap();
+        let f32 = Linear::new(&[weight(n, k, DType::F32)], &[Some(bias)], &cpu).unwrap();
+        check("linear", (m, k), |x| f32.forward(x));
+        let residual = Tensor::from_vec(noise(4, m * n), (m, n), &Device::Cpu).unwrap();
+        check("linear's x beside a residual", (m, k), |x| f32.forward_add(x, &residual));
+        let x = Tensor::from_vec(noise(4, m * k), (m, k), &Device::Cpu).unwrap();
+        check("the residual", (m, n), |r| f32.forward_add(&x, r));
+    }
+}
+
+/// bf16 rounds x in the forward pass, which differences would see as steps: dy W is checked itself, and bit for bit
+/// across rows and threads.
+#[test]
+fn linear_input_gradient() {
+    let (m, k, n) = (7, 131, 45);
+    for dtype in [DType::F32, DType::BF16] {
+        let w = weight(n, k, dtype);
+        let rows = w.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        let packed = match dtype {
+            DType::BF16 => Packed::bf16(&w.flatten_all().unwrap().to_vec1().unwrap(), n, k, Isa::Auto),
+            _ => Packed::f32(&w.flatten_all().unwrap().to_vec1().unwrap(), n, k, Isa::Auto),
+        };
+        let dy = noise(6, m * n);
+        let run = |dy: &[f32], threads| {
+            let mut dx = vec![f32::NAN; dy.len() / n * k];
+            packed.backward(dy, dy.len() / n, &mut dx, &Cpu::new(threads).pool);
+            dx
+        };
+        let all = run(&dy, 2);
+        for r in 0..m {
+            for c in 0..k {
+                let want: f64 = (0..n).map(|j| f64::from(dy[r * n + j]) * f64::from(rows[j][c])).sum();
+                assert!((f64::from(all[r * k + c]) - want).abs() < 1e-5, "{dtype:?} {r} {c}");
+            }
+            assert_eq!(run(&dy[r * n..(r + 1) * n], 1), all[r * k..(r + 1) * k], "{dtype:?} row {r}");
+        }
+    }
+}
+
+#[test]
+fn activations() {
+    for function in [Function::Silu, Function::Gelu, Function::GeluTanh] {
+        for gated in [false, true] {
+            let op = Activation::new(function, gated, &Cpu::new(2));
+            check(&format!("{function:?} {gated}"), (3, 22), |x| op.forward(x));
+        }
+    }
+    // Differences are no judge at relu's corner: away from it.
+    let op = Activation::new(Function::Relu, false, &Cpu::new(1));
+    check("relu", (2, 9), |x| op.forward(&((x * 100.0)? + 0.5)?));
+}
+
+#[test]
+fn norms() {
+    let (w, b) = (noise(7, 19), noise(8, 19));
+    let (rms, layer) = (Norm::rms(w.clone(), 1e-3), Norm::layer(w, b, 1e-3));
+    check("rms norm", (3, 19), |x| rms.forward(x));
+    check("layer norm", (3, 19), |x| layer.forward(x));
+    // 2 query heads, 1 key head, 1 value head of 6.
+    let heads = HeadNorm::new(noise(9, 6), noise(10, 6), 1e-3, 2, 1);
+    check("head norm", (3, 24), |x| heads.forward(x));
+}
+
+#[test]
+fn rotations() {
+    let table = Arc::new(RopeTable::new(&[1.0, 0.3], 40, 1.2));
+    let positions: Arc<[u32]> = vec![0, 7, 39].into();
+    // Two heads of 6 turn in their first 4 elements; the rest of a row stays.
+    check("rope", (3, 17), |x| rope(x, &table, &positions, Heads { count: 2, dim: 6 }));
+}
+
+#[test]
+fn embeddings() {
+    let table = Arc::new(Packed::f32(&noise(11, 5 * 7), 5, 7, Isa::Auto));
+    let embedding = Embedding { table, scale: 3.0, positions: Some(noise(12, 6 * 7).into()) };
+    // Row 1 is used twice, row 2 never.
+    let rows = [RowSource::Soft(1), RowSource::Token(4), RowSource::Soft(0), RowSource::Soft(1)];
+    let positions: Arc<[u32]> = vec![0, 1, 2, 5].into();
+    check("embed", (3, 7), |soft| embed(&embedding, soft, rows.to_vec(), &positions));
+}
