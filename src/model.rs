@@ -13,7 +13,7 @@ use crate::kv::KvPool;
 use crate::ops::linear::{Cpu, Linear};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
-use batch::Batch;
+use batch::{Batch, PackedBatch};
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
 use decoder::Decoder;
@@ -191,6 +191,25 @@ impl Model {
     /// `Internal` for an encoder.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.decoder.logits(hidden)
+    }
+
+    /// Runs packed sequences with a gradient to `soft` `[num_soft, hidden]` and to the stored rows of `prefix`
+    /// `[rows, 2 * layers * kv_heads * head_dim]`, and returns the hidden rows of `batch.wanted`.
+    pub fn forward_packed(
+        &self,
+        batch: &PackedBatch,
+        soft: &Tensor,
+        prefix: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        self.decoder.forward_packed(batch, soft, prefix)
+    }
+
+    /// Hidden rows `[n, hidden]`, a target token each -> the sum of their negative log-likelihoods, with its gradient.
+    ///
+    /// # Errors
+    /// `Internal` for an encoder.
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        self.decoder.cross_entropy(hidden, targets)
     }
 
     /// Pooled hidden rows `[n, hidden]` -> logits of the classes `[n, labels]`.

@@ -5,7 +5,7 @@
 //! sit side by side.
 use crate::kv::{PAGE_TOKENS, PageId};
 use crate::ops::embed::RowSource;
-use crate::ops::prefix_attention::SequenceView;
+use crate::ops::prefix_attention::{PackedSequence, SequenceView};
 use std::ops::Range;
 
 /// The rows of one step.
@@ -25,6 +25,19 @@ pub struct Batch {
     pub pages: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+}
+
+/// Packed sequences for training: no pages, no cache.
+#[derive(Default)]
+pub struct PackedBatch {
+    /// Where each row's embedding comes from.
+    pub inputs: Vec<RowSource>,
+    /// Position of each row, prefix counted.
+    pub positions: Vec<u32>,
+    /// Which rows attend to which; rows of K and V are the stored prefixes, then these rows.
+    pub sequences: Vec<PackedSequence>,
+    /// Rows whose hidden states are wanted, ascending.
+    pub wanted: Vec<u32>,
 }
 
 /// Rows of one sequence to add to a batch.

@@ -1,17 +1,18 @@
 //! The one decoder, of which an encoder is the case where every row sees all: attention over prefix and own pages,
 //! a feed-forward part, norms and residuals where the family has them.
-use super::batch::Batch;
+use super::batch::{Batch, PackedBatch};
 use super::config::{ModelConfig, Positions, Residual, Up};
 use super::layer::{Layer, Loader};
 use super::weights::Checkpoint;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::activation::Activation;
-use crate::ops::embed::{Embedding, embed};
+use crate::ops::cross_entropy::cross_entropy;
+use crate::ops::embed::{Embedding, RowSource, embed};
 use crate::ops::float;
 use crate::ops::linear::{Cpu, Linear};
 use crate::ops::norm::Norm;
-use crate::ops::prefix_attention::{KvLayout, Plan, prefix_attention};
+use crate::ops::prefix_attention::{KvLayout, PackedPlan, Plan, packed_attention, prefix_attention};
 use crate::ops::rope::{Heads, RopeTable, rope};
 use candle_core::{Device, Tensor};
 use std::sync::Arc;
@@ -33,12 +34,18 @@ pub struct Decoder {
     config: ModelConfig,
 }
 
-/// What all layers of one step share.
-struct Step<'a> {
-    kv: &'a KvPool,
-    plan: Arc<Plan>,
+/// What all layers of one pass share.
+struct Pass<'a> {
     positions: Arc<[u32]>,
-    slots: Arc<[u32]>,
+    view: View<'a>,
+}
+
+/// Where the layers' K and V are.
+enum View<'a> {
+    /// Pages of the pool, for serving.
+    Paged { kv: &'a KvPool, plan: Arc<Plan>, slots: Arc<[u32]> },
+    /// Packed rows with a gradient, for training: `prefix` `[rows, 2 * layers * kv_heads * head_dim]`, then the own rows.
+    Packed { prefix: Option<&'a Tensor>, plan: Arc<PackedPlan> },
 }
 
 impl Decoder {
@@ -118,58 +125,86 @@ impl Decoder {
         let width = self.config.hidden_size;
         let soft = Tensor::from_slice(&batch.soft, (batch.soft.len() / width, width), &Device::Cpu)?;
         let plan = Plan::new(batch.sequences.clone(), batch.pages.clone(), self.kv_layout(), self.config.num_heads);
-        let step = Step {
-            kv,
-            plan: Arc::new(plan),
-            positions: batch.positions.as_slice().into(),
-            slots: batch.slots.as_slice().into(),
-        };
-        let mut hidden = embed(&self.embedding, &soft, batch.inputs.clone(), &step.positions)?; // [rows, hidden]
+        let view = View::Paged { kv, plan: Arc::new(plan), slots: batch.slots.as_slice().into() };
+        let pass = Pass { positions: batch.positions.as_slice().into(), view };
+        self.run(&batch.inputs, &soft, &batch.logit_rows, &pass)
+    }
+
+    /// Runs packed sequences with a gradient to `soft` `[num_soft, hidden]` and to `prefix`
+    /// `[rows, 2 * layers * kv_heads * head_dim]`; returns the hidden rows of `batch.wanted`, final norm applied, in the bits of
+    /// [`Decoder::forward`].
+    pub fn forward_packed(
+        &self,
+        batch: &PackedBatch,
+        soft: &Tensor,
+        prefix: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let plan =
+            PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
+        let view = View::Packed { prefix, plan: Arc::new(plan) };
+        let pass = Pass { positions: batch.positions.as_slice().into(), view };
+        self.run(&batch.inputs, soft, &batch.wanted, &pass)
+    }
+
+    fn run(&self, inputs: &[RowSource], soft: &Tensor, wanted: &[u32], pass: &Pass<'_>) -> Result<Option<Tensor>> {
+        let mut hidden = embed(&self.embedding, soft, inputs.to_vec(), &pass.positions)?; // [rows, hidden]
         if self.config.family.encoder {
             hidden = self.norm.forward(&hidden)?;
         }
         for index in 0..self.layers.len() {
-            hidden = self.layer(index, &hidden, &step)?;
+            hidden = self.layer(index, &hidden, pass)?;
         }
-        if batch.logit_rows.is_empty() {
+        if wanted.is_empty() {
             return Ok(None);
         }
-        let rows = Tensor::from_slice(&batch.logit_rows, batch.logit_rows.len(), &Device::Cpu)?;
+        let rows = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
         let hidden = hidden.index_select(&rows, 0)?;
         Ok(Some(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? }))
     }
 
+    /// Hidden rows `[n, hidden]`, a target token each -> the sum of their negative log-likelihoods, with its gradient.
+    ///
+    /// # Errors
+    /// `Internal` for an encoder.
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        Ok(cross_entropy(hidden, targets, self.vocabulary()?, self.config.logit_cap)?)
+    }
+
+    fn vocabulary(&self) -> Result<&Linear> {
+        self.head.as_ref().ok_or_else(|| Error::internal("an encoder has no logits"))
+    }
+
     /// x `[rows, hidden]` -> the same after one layer, by the formulas of [`Residual`].
-    fn layer(&self, index: usize, x: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+    fn layer(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let layer = &self.layers[index];
         let norms = &layer.norms;
         Ok(match self.config.residual {
             Residual::Sequential => {
-                let attention = self.attention(index, &norms[0].forward(x)?, step)?;
+                let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
                 let x = layer.o.forward_add(&attention, x)?;
                 layer.down.forward_add(&self.up(layer, &norms[1].forward(&x)?)?, &x)?
             }
             Residual::Parallel => {
-                let attention = self.attention(index, &norms[0].forward(x)?, step)?;
+                let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
                 let up = self.up(layer, &norms[1].forward(x)?)?;
                 layer.down.forward_add(&up, &layer.o.forward_add(&attention, x)?)?
             }
             Residual::Sandwich => {
-                let attention = self.attention(index, &norms[0].forward(x)?, step)?;
+                let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
                 let x = (norms[1].forward(&layer.o.forward(&attention)?)? + x)?;
                 let up = self.up(layer, &norms[2].forward(&x)?)?;
                 (norms[3].forward(&layer.down.forward(&up)?)? + x)?
             }
             Residual::Post => {
-                let attention = self.attention(index, x, step)?;
+                let attention = self.attention(index, x, pass)?;
                 let x = norms[0].forward(&layer.o.forward_add(&attention, x)?)?;
                 norms[1].forward(&layer.down.forward_add(&self.up(layer, &x)?, &x)?)?
             }
         })
     }
 
-    /// Normed rows `[rows, hidden]` -> what the heads read `[rows, heads * head_dim]`; K and V go to their slots.
-    fn attention(&self, index: usize, x: &Tensor, step: &Step<'_>) -> Result<Tensor> {
+    /// Normed rows `[rows, hidden]` -> what the heads read `[rows, heads * head_dim]`; in pages, K and V go to their slots.
+    fn attention(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let (layer, facts) = (&self.layers[index], &self.config.layers[index]);
         let (heads, kv_heads, dim) = (self.config.num_heads, self.config.num_kv_heads, self.config.head_dim);
         let mut qkv = layer.qkv.forward(x)?;
@@ -177,11 +212,27 @@ impl Decoder {
             qkv = norm.forward(&qkv)?;
         }
         if let Some(table) = facts.rope.and_then(|i| self.ropes.get(i)) {
-            qkv = rope(&qkv, table, &step.positions, Heads { count: heads + kv_heads, dim })?;
+            qkv = rope(&qkv, table, &pass.positions, Heads { count: heads + kv_heads, dim })?;
         }
-        step.kv.write(index, &qkv, &step.slots, heads * dim)?;
-        let (keys, values) = step.kv.layer(index);
-        Ok(prefix_attention(&qkv, keys, values, &step.plan, facts.attention, &self.cpu)?)
+        match &pass.view {
+            View::Paged { kv, plan, slots } => {
+                kv.write(index, &qkv, slots, heads * dim)?;
+                let (keys, values) = kv.layer(index);
+                Ok(prefix_attention(&qkv, keys, values, plan, facts.attention, &self.cpu)?)
+            }
+            View::Packed { prefix, plan } => {
+                let width = kv_heads * dim;
+                let rows = |part: usize| -> Result<Tensor> {
+                    let own = qkv.narrow(1, heads * dim + part * width, width)?;
+                    let Some(prefix) = prefix else { return Ok(own.contiguous()?) };
+                    // Columns 2l of a prefix row are K of layer l, 2l + 1 its V.
+                    let stored = prefix.narrow(1, (2 * index + part) * width, width)?;
+                    Ok(Tensor::cat(&[stored, own], 0)?.contiguous()?)
+                };
+                let q = qkv.narrow(1, 0, heads * dim)?.contiguous()?;
+                Ok(packed_attention(&q, &rows(0)?, &rows(1)?, plan, facts.attention, &self.cpu)?)
+            }
+        }
     }
 
     fn up(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
@@ -193,8 +244,7 @@ impl Decoder {
     /// # Errors
     /// `Internal` for an encoder, which has none.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let head = self.head.as_ref().ok_or_else(|| Error::internal("an encoder has no logits"))?;
-        let logits = head.forward(hidden)?;
+        let logits = self.vocabulary()?.forward(hidden)?;
         Ok(match self.config.logit_cap {
             None => logits,
             Some(cap) => ((logits / cap)?.tanh()? * cap)?,

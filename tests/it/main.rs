@@ -20,3 +20,4 @@ mod stacks;
 mod stories;
 mod support;
 mod third_party;
+mod training;

@@ -180,7 +180,7 @@ impl Packed {
 
     /// dx `[m, k]` = dy `[m, n]` W: the gradient of the input. Row-major, contiguous, overwrites dx.
     ///
-    /// From the same panels, without a second copy of W: a block of 32 rows and [`K_BLOCK`] columns is unpacked, transposed
+    /// From the same panels, without a second copy of W: a block of 32 rows and 64 columns is unpacked, transposed
     /// and used for all rows of dy. bf16 weights are widened, dy stays f32. Each dx element is summed over ascending n, so a
     /// row's bits depend neither on the number of rows nor on the threads.
     pub fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32], pool: &Pool) {

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::ops::float::{bf16_to_f32, f32_to_bf16};
-use candle_core::{Device, Var};
+use candle_core::Device;
 
 fn random(seed: u64) -> impl FnMut() -> f32 {
     let mut s = seed | 1;

@@ -1,0 +1,113 @@
+//! What is trained: the weights that become virtual tokens or stored K and V, as PEFT's prompt encoders hold them.
+use crate::error::{Error, Result};
+use candle_core::{Tensor, Var};
+use std::collections::BTreeMap;
+
+/// How weights become rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EncoderKind {
+    /// The rows themselves: prompt tuning, P-tuning v2 (deep prefixes without reparametrisation).
+    Embedding,
+    /// P-tuning: embedding -> Linear, ReLU, Linear, ReLU, Linear (`mlp_head.{0,2,4}`).
+    Mlp,
+    /// P-tuning: embedding -> bidirectional LSTM (`lstm_head`), then Linear, ReLU, Linear (`mlp_head.{0,2}`).
+    Lstm,
+    /// Prefix-tuning with reparametrisation: embedding -> Linear, tanh, Linear (`transform.{0,2}`).
+    Projection,
+}
+
+/// Trainable weights under PEFT's names, and the rows that they stand for.
+pub struct PromptEncoder {
+    kind: EncoderKind,
+    weights: BTreeMap<String, Var>,
+}
+
+impl PromptEncoder {
+    /// From weights by PEFT's names, f32.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming a weight that is missing, or whose shape does not go with the others.
+    pub fn new(kind: EncoderKind, weights: BTreeMap<String, Tensor>) -> Result<Self> {
+        let weights = weights.into_iter().map(|(name, t)| Ok((name, Var::from_tensor(&t)?))).collect::<Result<_>>()?;
+        let encoder = PromptEncoder { kind, weights };
+        let rows = encoder.rows()?;
+        if rows.dims().len() != 2 {
+            return Err(Error::invalid(
+                "embedding.weight",
+                format!("{:?}", rows.dims()),
+                "must give rows of one width",
+            ));
+        }
+        Ok(encoder)
+    }
+
+    /// The trainable weights by PEFT's names, always in the same order.
+    pub fn weights(&self) -> impl Iterator<Item = (&str, &Var)> {
+        self.weights.iter().map(|(name, var)| (name.as_str(), var))
+    }
+
+    /// The rows `[num_virtual_tokens, width]`, with their gradient: what PEFT saves as `prompt_embeddings`.
+    pub fn rows(&self) -> Result<Tensor> {
+        let embedding = self.weight("embedding.weight")?.as_tensor().clone();
+        match self.kind {
+            EncoderKind::Embedding => Ok(embedding),
+            EncoderKind::Mlp => {
+                let x = self.linear("mlp_head.0", &embedding)?.relu()?;
+                let x = self.linear("mlp_head.2", &x)?.relu()?;
+                self.linear("mlp_head.4", &x)
+            }
+            EncoderKind::Projection => {
+                let x = self.linear("transform.0", &embedding)?.tanh()?;
+                self.linear("transform.2", &x)
+            }
+            EncoderKind::Lstm => {
+                let mut x = embedding;
+                for layer in 0.. {
+                    if layer > 0 && !self.weights.contains_key(&format!("lstm_head.weight_ih_l{layer}")) {
+                        break;
+                    }
+                    let there = self.lstm(&format!("l{layer}"), &x, false)?;
+                    let back = self.lstm(&format!("l{layer}_reverse"), &x, true)?;
+                    x = Tensor::cat(&[there, back], 1)?;
+                }
+                let x = self.linear("mlp_head.0", &x)?.relu()?;
+                self.linear("mlp_head.2", &x)
+            }
+        }
+    }
+
+    fn weight(&self, name: &str) -> Result<&Var> {
+        self.weights.get(name).ok_or_else(|| Error::invalid("prompt encoder", name, "is missing"))
+    }
+
+    /// x `[n, in]` -> `[n, out]` by `name.weight` `[out, in]` and `name.bias` `[out]`.
+    fn linear(&self, name: &str, x: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = (self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?);
+        Ok(x.matmul(&weight.t()?)?.broadcast_add(bias)?)
+    }
+
+    /// One direction of one layer: x `[n, in]` -> `[n, h]`, from a zero state, gates in torch's order i, f, g, o.
+    fn lstm(&self, which: &str, x: &Tensor, back: bool) -> Result<Tensor> {
+        let weight = |name: &str| self.weight(&format!("lstm_head.{name}_{which}"));
+        let (input, hidden) = (weight("weight_ih")?, weight("weight_hh")?.t()?);
+        let bias = (weight("bias_ih")?.as_tensor() + weight("bias_hh")?.as_tensor())?;
+        let gates = x.matmul(&input.t()?)?.broadcast_add(&bias)?; // [n, 4h]
+        let (n, h) = (x.dim(0)?, hidden.dim(0)?);
+        let mut state = Tensor::zeros((1, h), x.dtype(), x.device())?;
+        let (mut cell, mut out) = (state.clone(), vec![None; n]);
+        for i in 0..n {
+            let row = if back { n - 1 - i } else { i };
+            let gates = (gates.narrow(0, row, 1)? + state.matmul(&hidden)?)?;
+            let gate = |i: usize| gates.narrow(1, i * h, h);
+            cell = ((sigmoid(&gate(1)?)? * &cell)? + (sigmoid(&gate(0)?)? * gate(2)?.tanh()?)?)?;
+            state = (sigmoid(&gate(3)?)? * cell.tanh()?)?;
+            out[row] = Some(state.clone());
+        }
+        let rows: Vec<Tensor> = out.into_iter().flatten().collect();
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+}
+
+fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    Ok((x.neg()?.exp()? + 1.0)?.recip()?)
+}
