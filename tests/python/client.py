@@ -115,6 +115,22 @@ def mixed_burst(client: Client) -> None:
         check(alone.get((task, e["input"]), a.choices[0].text) == a.choices[0].text, "alone and in the burst say the same")
 
 
+def stacks_tasks_conversations(client: Client) -> None:
+    prompt, names = examples("sentiment")[0]["input"], {"prefix_adapter_ids": ["describe"]}
+    stacked = client.generate("sentiment", prompt, **names)
+    lengths = [client.generate(task, prompt).usage.prefix_tokens for task in ("describe", "sentiment")]
+    check(stacked.usage.prefix_tokens == sum(lengths), "a stack is as long as its prefixes")
+    check([a.adapter_id for a in stacked.prefix_adapters] == ["describe"], "the answer names the stack")
+    code, _ = client.code(lambda: client.generate("describe", prompt, prefix_adapter_ids=["sentiment"]))
+    check(code == grpc.StatusCode.FAILED_PRECONDITION, "stored K and V do not stand after virtual tokens")
+    code, text = client.code(lambda: client.generate("sentiment", prompt, task_id=1))
+    check(code == grpc.StatusCode.INVALID_ARGUMENT and "task_id" in text, "an adapter without tasks has no task 1")
+    conversation = {"messages": {"messages": [{"role": "user", "content": "hi"}]}}
+    request = lambda: client.call("prefixd.v1.InferenceService", "Generate", conversation)  # noqa: E731
+    code, text = client.code(request)
+    check(code == grpc.StatusCode.FAILED_PRECONDITION and "chat template" in text, "the demo model has no chat template")
+
+
 def streaming(client: Client) -> None:
     prompt = examples("describe")[0]["input"]
     whole = client.generate("describe", prompt)
@@ -196,7 +212,7 @@ def main() -> None:
     try:
         address = json.loads(server.stdout.readline())["address"]
         client = Client(address)
-        for test in (reflection_and_health, mixed_burst, streaming, hot_loading, malformed):
+        for test in (reflection_and_health, mixed_burst, stacks_tasks_conversations, streaming, hot_loading, malformed):
             test(client)
             print(f"ok {test.__name__}")
         metrics(port)
