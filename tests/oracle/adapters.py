@@ -15,8 +15,9 @@ TASK = 1
 
 def config(kind: str, encoder: bool) -> peft.PeftConfig:
     """The config of a kind, by the folder's name."""
-    common = dict(task_type="SEQ_CLS" if encoder else "CAUSAL_LM", num_virtual_tokens=VIRTUAL)
-    match kind:
+    classify = encoder or kind.endswith("_seqcls")
+    common = dict(task_type="SEQ_CLS" if classify else "CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+    match kind.removesuffix("_seqcls"):
         case "prefix":
             return peft.PrefixTuningConfig(**common)
         case "prefix_proj":

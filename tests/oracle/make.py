@@ -148,12 +148,14 @@ def one(name: str, out: pathlib.Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     write(folder / "oracle_base", *record(lambda ids: model(ids).logits, generator), "")
     for kind in ("prefix", "prompt_random", *more):
-        adapters.make(models.load(folder), kind, folder / kind, encoder, generator)
+        classify = encoder or kind.endswith("_seqcls")
+        adapters.make(models.load(folder, classify), kind, folder / kind, encoder, generator)
         (folder / kind / "README.md").unlink(missing_ok=True)
         # Not the path of the machine that wrote it.
         path = folder / kind / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}, indent=2))
-        loaded = peft.PeftModel.from_pretrained(models.load(folder), folder / kind).eval()
+        loaded = peft.PeftModel.from_pretrained(models.load(folder, classify), folder / kind).eval()
+        record = classes if classify else causal
         write(folder / kind, *record(lambda ids: adapters.run(loaded, kind, ids), generator), kind)
     if name.endswith("old_keys"):
         old_keys(folder)

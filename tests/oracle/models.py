@@ -41,10 +41,12 @@ GEMMA3_ROPE = dict(
 )
 LABELS = dict(num_labels=3)
 ENCODER = MULTI_HEAD | LABELS
+# Sequence classification on a decoder: a trained `score` reads the last row.
+CLASSIFY = ("prefix_seqcls", "prompt_random_seqcls")
 
 # name -> (config, adapters besides `prefix` and `prompt_random`)
 MODELS: dict[str, tuple[T.PreTrainedConfig, tuple[str, ...]]] = {
-    "llama_biases": (T.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True), ("ptuning_lstm",)),
+    "llama_biases": (T.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True), ("ptuning_lstm", *CLASSIFY)),
     "llama_llama3": (
         T.LlamaConfig(**COMMON, **rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL)),
         (),
@@ -73,7 +75,7 @@ MODELS: dict[str, tuple[T.PreTrainedConfig, tuple[str, ...]]] = {
     "qwen3": (T.Qwen3Config(**WIDE), ("prefix_proj", "multitask")),
     "qwen3_tied": (T.Qwen3Config(**WIDE, tie_word_embeddings=True), ("cpt",)),
     "mistral": (T.MistralConfig(**WIDE, sliding_window=12), ("prefix_proj",)),
-    "gemma": (T.GemmaConfig(**WIDE), ("ptuning_mlp",)),
+    "gemma": (T.GemmaConfig(**WIDE), ("ptuning_mlp", *CLASSIFY)),
     "gemma2": (
         T.Gemma2Config(
             **WIDE, sliding_window=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=9
@@ -135,12 +137,20 @@ def is_encoder(config: T.PreTrainedConfig) -> bool:
     return config.model_type in ("bert", "roberta")
 
 
-def load(source) -> torch.nn.Module:
-    """A model by its config (random weights) or its folder, in float32 with the plain attention."""
-    kind = "SequenceClassification" if isinstance(source, T.PreTrainedConfig) and is_encoder(source) else "CausalLM"
-    if not isinstance(source, T.PreTrainedConfig) and is_encoder(T.AutoConfig.from_pretrained(source)):
-        kind = "SequenceClassification"
-    auto = getattr(T, f"AutoModelFor{kind}")
+def load(source, classify: bool = False) -> torch.nn.Module:
+    """A model by its config (random weights) or its folder, in float32 with the plain attention. `classify`: a decoder with
+    a new head of three classes."""
+    config = source if isinstance(source, T.PreTrainedConfig) else T.AutoConfig.from_pretrained(source)
+    if is_encoder(config):
+        classify = True
+    elif classify:
+        config.num_labels = LABELS["num_labels"]
+        return (
+            T.AutoModelForSequenceClassification.from_pretrained(source, config=config, attn_implementation="eager")
+            .float()
+            .eval()
+        )
+    auto = T.AutoModelForSequenceClassification if classify else T.AutoModelForCausalLM
     make = auto.from_config if isinstance(source, T.PreTrainedConfig) else auto.from_pretrained
     return make(source, attn_implementation="eager").float().eval()
 
