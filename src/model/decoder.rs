@@ -13,7 +13,7 @@ use crate::ops::float;
 use crate::ops::linear::{Cpu, Linear};
 use crate::ops::norm::Norm;
 use crate::ops::prefix_attention::{KvLayout, PackedPlan, Plan, packed_attention, prefix_attention};
-use crate::ops::rope::{Heads, RopeTable, rope};
+use crate::ops::rope::{Frequencies, Heads, Turns, rope};
 use candle_core::{Device, Tensor};
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub struct Decoder {
     head: Option<Linear>,
     /// Applied to the pooled row before a classification head, then tanh (BERT).
     pooler: Option<Linear>,
-    ropes: Vec<Arc<RopeTable>>,
+    ropes: Vec<Frequencies>,
     activation: Activation,
     cpu: Arc<Cpu>,
     config: ModelConfig,
@@ -37,6 +37,8 @@ pub struct Decoder {
 /// What all layers of one pass share.
 struct Pass<'a> {
     positions: Arc<[u32]>,
+    /// Of the rows, by [`ModelConfig::ropes`].
+    turns: Vec<Arc<Turns>>,
     view: View<'a>,
 }
 
@@ -92,8 +94,8 @@ impl Decoder {
             }
         }
         let ropes = config.ropes.iter().map(|r| {
-            let (frequencies, factor) = r.frequencies(positions);
-            Arc::new(RopeTable::new(&frequencies, positions, factor))
+            let (inv_freq, scale) = r.frequencies(positions);
+            Frequencies { inv_freq, scale }
         });
         let gated = !matches!(names.up, Up::Plain(_));
         Ok(Decoder {
@@ -126,7 +128,7 @@ impl Decoder {
         let soft = Tensor::from_slice(&batch.soft, (batch.soft.len() / width, width), &Device::Cpu)?;
         let plan = Plan::new(batch.sequences.clone(), batch.pages.clone(), self.kv_layout(), self.config.num_heads);
         let view = View::Paged { kv, plan: Arc::new(plan), slots: batch.slots.as_slice().into() };
-        let pass = Pass { positions: batch.positions.as_slice().into(), view };
+        let pass = self.pass(&batch.positions, view);
         self.run(&batch.inputs, &soft, &batch.logit_rows, &pass)
     }
 
@@ -142,8 +144,13 @@ impl Decoder {
         let plan =
             PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
         let view = View::Packed { prefix, plan: Arc::new(plan) };
-        let pass = Pass { positions: batch.positions.as_slice().into(), view };
+        let pass = self.pass(&batch.positions, view);
         self.run(&batch.inputs, soft, &batch.wanted, &pass)
+    }
+
+    fn pass<'a>(&self, positions: &[u32], view: View<'a>) -> Pass<'a> {
+        let turns = self.ropes.iter().map(|frequencies| frequencies.at(positions)).collect();
+        Pass { positions: positions.into(), turns, view }
     }
 
     fn run(&self, inputs: &[RowSource], soft: &Tensor, wanted: &[u32], pass: &Pass<'_>) -> Result<Option<Tensor>> {
@@ -211,8 +218,8 @@ impl Decoder {
         if let Some(norm) = &layer.head_norm {
             qkv = norm.forward(&qkv)?;
         }
-        if let Some(table) = facts.rope.and_then(|i| self.ropes.get(i)) {
-            qkv = rope(&qkv, table, &pass.positions, Heads { count: heads + kv_heads, dim })?;
+        if let Some(turns) = facts.rope.and_then(|i| pass.turns.get(i)) {
+            qkv = rope(&qkv, turns, Heads { count: heads + kv_heads, dim })?;
         }
         match &pass.view {
             View::Paged { kv, plan, slots } => {

@@ -4,7 +4,7 @@ use super::activation::{Activation, Function};
 use super::embed::{Embedding, RowSource, embed};
 use super::linear::{Cpu, Isa, Linear, Packed};
 use super::norm::{HeadNorm, Norm};
-use super::rope::{Heads, RopeTable, rope};
+use super::rope::{Frequencies, Heads, rope};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use std::sync::Arc;
 
@@ -114,10 +114,9 @@ fn norms() {
 
 #[test]
 fn rotations() {
-    let table = Arc::new(RopeTable::new(&[1.0, 0.3], 40, 1.2));
-    let positions: Arc<[u32]> = vec![0, 7, 39].into();
+    let turns = Frequencies { inv_freq: vec![1.0, 0.3], scale: 1.2 }.at(&[0, 7, 39]);
     // Two heads of 6 turn in their first 4 elements; the rest of a row stays.
-    check("rope", (3, 17), |x| rope(x, &table, &positions, Heads { count: 2, dim: 6 }));
+    check("rope", (3, 17), |x| rope(x, &turns, Heads { count: 2, dim: 6 }));
 }
 
 #[test]

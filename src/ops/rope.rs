@@ -6,33 +6,36 @@ use super::f32_slice;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
-/// cos and sin of every position and frequency.
-pub struct RopeTable {
-    /// `[positions, half]` each.
+/// Rotary frequencies of one kind of layer.
+pub struct Frequencies {
+    /// `[d / 2]` in radians a position.
+    pub inv_freq: Vec<f32>,
+    /// Multiplies cos and sin (1 unless a scaling says so).
+    pub scale: f32,
+}
+
+impl Frequencies {
+    /// cos and sin of the rows of one pass, for all its layers. There is no table of all positions: a `config.json` may
+    /// claim millions of them.
+    pub fn at(&self, positions: &[u32]) -> Arc<Turns> {
+        let angles = || positions.iter().flat_map(|p| self.inv_freq.iter().map(move |f| *p as f32 * f));
+        let cos = angles().map(|a| a.cos() * self.scale).collect();
+        let sin = angles().map(|a| a.sin() * self.scale).collect();
+        Arc::new(Turns { cos, sin, half: self.inv_freq.len() })
+    }
+}
+
+/// By how much each row of a pass turns.
+pub struct Turns {
+    /// `[rows, half]` each.
     cos: Vec<f32>,
     sin: Vec<f32>,
     half: usize,
 }
 
-impl RopeTable {
-    /// `inv_freq` `[d / 2]` in radians a position; `scale` multiplies cos and sin (1 unless a scaling says so).
-    pub fn new(inv_freq: &[f32], positions: usize, scale: f32) -> Self {
-        let angles = || (0..positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
-        let cos = angles().map(|a| a.cos() * scale).collect();
-        let sin = angles().map(|a| a.sin() * scale).collect();
-        RopeTable { cos, sin, half: inv_freq.len() }
-    }
-
-    /// Number of positions.
-    pub fn positions(&self) -> usize {
-        self.cos.len() / self.half.max(1)
-    }
-}
-
 #[derive(Clone)]
 struct Rope {
-    table: Arc<RopeTable>,
-    positions: Arc<[u32]>,
+    turns: Arc<Turns>,
     heads: Heads,
     /// The other way round: the gradient of a turn is the turn back.
     back: bool,
@@ -47,9 +50,9 @@ pub struct Heads {
     pub dim: usize,
 }
 
-/// Turns the first heads of `qkv` `[m, width]` by `positions` `[m]`; the rest of a row is copied.
-pub fn rope(qkv: &Tensor, table: &Arc<RopeTable>, positions: &Arc<[u32]>, heads: Heads) -> Result<Tensor> {
-    qkv.apply_op1(Rope { table: table.clone(), positions: positions.clone(), heads, back: false })
+/// Turns the first heads of `qkv` `[m, width]`, row by row; the rest of a row is copied.
+pub fn rope(qkv: &Tensor, turns: &Arc<Turns>, heads: Heads) -> Result<Tensor> {
+    qkv.apply_op1(Rope { turns: turns.clone(), heads, back: false })
 }
 
 impl CustomOp1 for Rope {
@@ -60,20 +63,16 @@ impl CustomOp1 for Rope {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = f32_slice(x, layout, "rope")?;
         let (m, width) = layout.shape().dims2()?;
-        let half = self.table.half;
-        let Heads { count, dim } = self.heads;
-        if m != self.positions.len() || count * dim > width || 2 * half > dim || half == 0 {
-            let rows = self.positions.len();
-            bail!("rope: x is [{m}, {width}], positions [{rows}], {count} heads of {dim}, {} turn", 2 * half);
-        }
-        if let Some(p) = self.positions.iter().find(|p| **p as usize >= self.table.positions()) {
-            bail!("rope: position {p} is past the table's {}", self.table.positions());
+        let Turns { cos, sin, half } = &*self.turns;
+        let (half, Heads { count, dim }) = (*half, self.heads);
+        if cos.len() != m * half || count * dim > width || 2 * half > dim || half == 0 {
+            let turns = cos.len();
+            bail!("rope: x is [{m}, {width}], {turns} turns, {count} heads of {dim}, {} turn", 2 * half);
         }
         let mut y = x.to_vec();
-        for (row, &p) in y.chunks_exact_mut(width).zip(&*self.positions) {
-            let at = p as usize * half;
-            let sign = if self.back { -1.0 } else { 1.0 };
-            turn(&mut row[..count * dim], dim, &self.table.cos[at..at + half], &self.table.sin[at..at + half], sign);
+        let sign = if self.back { -1.0 } else { 1.0 };
+        for (row, (cos, sin)) in y.chunks_exact_mut(width).zip(cos.chunks_exact(half).zip(sin.chunks_exact(half))) {
+            turn(&mut row[..count * dim], dim, cos, sin, sign);
         }
         Ok((CpuStorage::F32(y), (m, width).into()))
     }
@@ -104,17 +103,18 @@ mod tests {
 
     #[test]
     fn turns_q_and_k_and_leaves_v() {
-        let table = Arc::new(RopeTable::new(&[1.0, 0.1], 8, 1.0));
+        let turns = Frequencies { inv_freq: vec![1.0, 0.1], scale: 1.0 }.at(&[3]);
         let x = Tensor::new(&[[1f32, 2., 3., 4., 5., 6., 7., 8.]], &Device::Cpu).unwrap();
-        let y = rope(&x, &table, &vec![3u32].into(), Heads { count: 1, dim: 4 }).unwrap().to_vec2::<f32>().unwrap();
+        let y = rope(&x, &turns, Heads { count: 1, dim: 4 }).unwrap().to_vec2::<f32>().unwrap();
         let (c, s) = (3f32.cos(), 3f32.sin());
         let (c2, s2) = (0.3f32.cos(), 0.3f32.sin());
         let want = [c - 3. * s, 2. * c2 - 4. * s2, 3. * c + s, 4. * c2 + 2. * s2, 5., 6., 7., 8.];
         assert!(y[0].iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{y:?}");
-        assert!(rope(&x, &table, &vec![8u32].into(), Heads { count: 1, dim: 4 }).is_err());
-        assert!(rope(&x, &table, &vec![3u32].into(), Heads { count: 1, dim: 2 }).is_err());
+        let two = Frequencies { inv_freq: vec![1.0, 0.1], scale: 1.0 }.at(&[3, 4]);
+        assert!(rope(&x, &two, Heads { count: 1, dim: 4 }).is_err());
+        assert!(rope(&x, &turns, Heads { count: 1, dim: 2 }).is_err());
         // Partial: of a head of 6 the first 4 turn.
-        let y = rope(&x, &table, &vec![3u32].into(), Heads { count: 1, dim: 6 }).unwrap().to_vec2::<f32>().unwrap();
+        let y = rope(&x, &turns, Heads { count: 1, dim: 6 }).unwrap().to_vec2::<f32>().unwrap();
         assert!(y[0].iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{y:?}");
     }
 }

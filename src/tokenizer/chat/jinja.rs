@@ -83,6 +83,8 @@ fn method(state: &State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> R
         ("lstrip", None, 0) => text.trim_start_matches(is_space).into(),
         ("rstrip", None, 0) => text.trim_end_matches(is_space).into(),
         ("split", None, 0) => text.split(is_space).filter(|word| !word.is_empty()).map(Value::from).collect(),
+        // Of an empty text too, which pycompat's loop would count for ever.
+        ("count", Some(part), 1) => text.matches(part).count().into(),
         ("removeprefix", Some(affix), 1) => text.strip_prefix(affix).unwrap_or(text).into(),
         ("removesuffix", Some(affix), 1) => text.strip_suffix(affix).unwrap_or(text).into(),
         _ => return pycompat::unknown_method_callback(state, value, name, args),

@@ -76,6 +76,13 @@ fn work_output_and_depth_are_bounded() {
     assert_eq!(deep.unwrap_err().kind(), Kind::FailedPrecondition);
 }
 
+/// As Python counts; minijinja's own loop would never end on an empty text.
+#[test]
+fn count_ends() {
+    let counts = "{{ messages[0].content.count('') }} {{ messages[0].content.count('a') }} {{ ''.count('') }}";
+    assert_eq!(render(counts, &user("aéa")).unwrap(), "4 2 1");
+}
+
 #[test]
 fn line_ends_and_generation_blocks_are_jinjas() {
     assert_eq!(jinja::prepare("a\r\nb\rc"), "a\nb\nc");
