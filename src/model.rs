@@ -1,8 +1,10 @@
 //! The base model: loaded once, frozen, shared by every task.
+pub mod background;
 pub mod batch;
 pub mod config;
 mod decoder;
 mod layer;
+pub mod packed;
 pub mod source;
 mod weights;
 
@@ -10,10 +12,11 @@ use crate::adapter::{BaseShape, Head};
 use crate::config::{Device, DtypeChoice};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kv::KvPool;
+use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::linear::{Cpu, Linear};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
-use batch::{Batch, PackedBatch};
+use batch::Batch;
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
 use decoder::Decoder;
@@ -193,23 +196,17 @@ impl Model {
         self.decoder.logits(hidden)
     }
 
-    /// Runs packed sequences with a gradient to `soft` `[num_soft, hidden]` and to the stored rows of `prefix`
-    /// `[rows, 2 * layers * kv_heads * head_dim]`, and returns the hidden rows of `batch.wanted`.
-    pub fn forward_packed(
-        &self,
-        batch: &PackedBatch,
-        soft: &Tensor,
-        prefix: Option<&Tensor>,
-    ) -> Result<Option<Tensor>> {
-        self.decoder.forward_packed(batch, soft, prefix)
-    }
-
-    /// Hidden rows `[n, hidden]`, a target token each -> the sum of their negative log-likelihoods, with its gradient.
+    /// Hidden rows `[n, hidden]`, a target token each -> their losses, and with `gradient` that of their sum.
     ///
     /// # Errors
     /// `Internal` for an encoder.
-    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
-        self.decoder.cross_entropy(hidden, targets)
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32], gradient: bool) -> Result<CrossEntropy> {
+        self.decoder.cross_entropy(hidden, targets, gradient)
+    }
+
+    /// Hidden rows `[n, hidden]` -> what a classification head reads, differentiable.
+    pub fn pool(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.decoder.pool(hidden)
     }
 
     /// Pooled hidden rows `[n, hidden]` -> logits of the classes `[n, labels]`.

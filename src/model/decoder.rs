@@ -7,7 +7,7 @@ use super::weights::Checkpoint;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::activation::Activation;
-use crate::ops::cross_entropy::cross_entropy;
+use crate::ops::cross_entropy::{CrossEntropy, cross_entropy};
 use crate::ops::embed::{Embedding, RowSource, embed};
 use crate::ops::float;
 use crate::ops::linear::{Cpu, Linear};
@@ -46,8 +46,17 @@ struct Pass<'a> {
 enum View<'a> {
     /// Pages of the pool, for serving.
     Paged { kv: &'a KvPool, plan: Arc<Plan>, slots: Arc<[u32]> },
-    /// Packed rows with a gradient, for training: `prefix` `[rows, 2 * layers * kv_heads * head_dim]`, then the own rows.
-    Packed { prefix: Option<&'a Tensor>, plan: Arc<PackedPlan> },
+    /// Packed rows with a gradient, for training: the layer's stored rows `[rows, 2 * kv_heads * head_dim]`, then the own
+    /// rows.
+    Packed { stored: Option<&'a Tensor>, plan: Arc<PackedPlan> },
+}
+
+/// What one pass over packed sequences shares between its layers.
+pub struct PackedRows {
+    inputs: Vec<RowSource>,
+    positions: Arc<[u32]>,
+    turns: Vec<Arc<Turns>>,
+    plan: Arc<PackedPlan>,
 }
 
 impl Decoder {
@@ -132,49 +141,63 @@ impl Decoder {
         self.run(&batch.inputs, &soft, &batch.logit_rows, &pass)
     }
 
-    /// Runs packed sequences with a gradient to `soft` `[num_soft, hidden]` and to `prefix`
-    /// `[rows, 2 * layers * kv_heads * head_dim]`; returns the hidden rows of `batch.wanted`, final norm applied, in the bits of
-    /// [`Decoder::forward`].
-    pub fn forward_packed(
-        &self,
-        batch: &PackedBatch,
-        soft: &Tensor,
-        prefix: Option<&Tensor>,
-    ) -> Result<Option<Tensor>> {
-        let plan =
-            PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
-        let view = View::Packed { prefix, plan: Arc::new(plan) };
-        let pass = self.pass(&batch.positions, view);
-        self.run(&batch.inputs, soft, &batch.wanted, &pass)
-    }
-
     fn pass<'a>(&self, positions: &[u32], view: View<'a>) -> Pass<'a> {
         let turns = self.ropes.iter().map(|frequencies| frequencies.at(positions)).collect();
         Pass { positions: positions.into(), turns, view }
     }
 
     fn run(&self, inputs: &[RowSource], soft: &Tensor, wanted: &[u32], pass: &Pass<'_>) -> Result<Option<Tensor>> {
-        let mut hidden = embed(&self.embedding, soft, inputs.to_vec(), &pass.positions)?; // [rows, hidden]
-        if self.config.family.encoder {
-            hidden = self.norm.forward(&hidden)?;
-        }
+        let mut hidden = self.embed(inputs, soft, &pass.positions)?;
         for index in 0..self.layers.len() {
             hidden = self.layer(index, &hidden, pass)?;
         }
-        if wanted.is_empty() {
-            return Ok(None);
-        }
-        let rows = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
-        let hidden = hidden.index_select(&rows, 0)?;
-        Ok(Some(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? }))
+        if wanted.is_empty() { Ok(None) } else { Ok(Some(self.finish(&hidden, wanted)?)) }
     }
 
-    /// Hidden rows `[n, hidden]`, a target token each -> the sum of their negative log-likelihoods, with its gradient.
+    /// Input rows -> `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
+    fn embed(&self, inputs: &[RowSource], soft: &Tensor, positions: &Arc<[u32]>) -> Result<Tensor> {
+        let hidden = embed(&self.embedding, soft, inputs.to_vec(), positions)?;
+        if self.config.family.encoder { Ok(self.norm.forward(&hidden)?) } else { Ok(hidden) }
+    }
+
+    /// The rows `wanted` of the last layer's output, final norm applied.
+    pub fn finish(&self, hidden: &Tensor, wanted: &[u32]) -> Result<Tensor> {
+        let rows = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
+        let hidden = hidden.index_select(&rows, 0)?;
+        Ok(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? })
+    }
+
+    /// Prepares a pass over packed sequences.
+    pub fn packed(&self, batch: &PackedBatch) -> PackedRows {
+        let plan =
+            PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
+        PackedRows {
+            inputs: batch.inputs.clone(),
+            positions: batch.positions.as_slice().into(),
+            turns: self.ropes.iter().map(|frequencies| frequencies.at(&batch.positions)).collect(),
+            plan: Arc::new(plan),
+        }
+    }
+
+    /// The input of the first layer `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
+    pub fn packed_inputs(&self, rows: &PackedRows, soft: &Tensor) -> Result<Tensor> {
+        self.embed(&rows.inputs, soft, &rows.positions)
+    }
+
+    /// One layer of packed rows `[rows, hidden]`, in the bits of [`Decoder::forward`]; differentiable in them and in the
+    /// layer's `stored` rows `[stored, 2 * kv_heads * head_dim]`, K then V.
+    pub fn packed_layer(&self, index: usize, x: &Tensor, rows: &PackedRows, stored: Option<&Tensor>) -> Result<Tensor> {
+        let view = View::Packed { stored, plan: rows.plan.clone() };
+        let pass = Pass { positions: rows.positions.clone(), turns: rows.turns.clone(), view };
+        self.layer(index, x, &pass)
+    }
+
+    /// Hidden rows `[n, hidden]`, a target token each -> their losses, and with `gradient` that of their sum.
     ///
     /// # Errors
     /// `Internal` for an encoder.
-    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
-        Ok(cross_entropy(hidden, targets, self.vocabulary()?, self.config.logit_cap)?)
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32], gradient: bool) -> Result<CrossEntropy> {
+        Ok(cross_entropy(hidden, targets, self.vocabulary()?, self.config.logit_cap, gradient)?)
     }
 
     fn vocabulary(&self) -> Result<&Linear> {
@@ -227,13 +250,12 @@ impl Decoder {
                 let (keys, values) = kv.layer(index);
                 Ok(prefix_attention(&qkv, keys, values, plan, facts.attention, &self.cpu)?)
             }
-            View::Packed { prefix, plan } => {
+            View::Packed { stored, plan } => {
                 let width = kv_heads * dim;
                 let rows = |part: usize| -> Result<Tensor> {
                     let own = qkv.narrow(1, heads * dim + part * width, width)?;
-                    let Some(prefix) = prefix else { return Ok(own.contiguous()?) };
-                    // Columns 2l of a prefix row are K of layer l, 2l + 1 its V.
-                    let stored = prefix.narrow(1, (2 * index + part) * width, width)?;
+                    let Some(stored) = stored else { return Ok(own.contiguous()?) };
+                    let stored = stored.narrow(1, part * width, width)?;
                     Ok(Tensor::cat(&[stored, own], 0)?.contiguous()?)
                 };
                 let q = qkv.narrow(1, 0, heads * dim)?.contiguous()?;

@@ -89,6 +89,11 @@ impl Linear {
         x.apply_op2(residual, self.clone())
     }
 
+    /// dy `[m, n]` -> dx `[m, k]`, from the panels that serve.
+    pub fn input_gradient(&self, dy: &Tensor) -> Result<Tensor> {
+        dy.contiguous()?.apply_op1(InputGradient(self.clone()))
+    }
+
     fn run(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
         let x = f32_slice(x, layout, "linear")?;
         let (m, k) = layout.shape().dims2()?;
@@ -119,7 +124,7 @@ impl CustomOp1 for Linear {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(dy.contiguous()?.apply_op1(InputGradient(self.clone()))?))
+        Ok(Some(self.input_gradient(dy)?))
     }
 }
 
@@ -156,7 +161,7 @@ impl CustomOp2 for Linear {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(dy.contiguous()?.apply_op1(InputGradient(self.clone()))?), Some(dy.clone())))
+        Ok((Some(self.input_gradient(dy)?), Some(dy.clone())))
     }
 }
 

@@ -1,6 +1,7 @@
 //! AdamW, the schedule of its learning rate, and clipping: torch's formulas, to the bit of a rounding.
 use crate::error::Result;
 use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
 
 /// AdamW's constants (Loshchilov and Hutter 2019; `torch.optim.AdamW`).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,8 +40,18 @@ impl AdamW {
         Ok(AdamW { config, moments, steps: 0 })
     }
 
+    /// Mean of gradients and mean of squares of each weight, and the steps taken: all that a later run needs to go on.
+    pub fn state(&self) -> (&[(Tensor, Tensor)], i32) {
+        (&self.moments, self.steps)
+    }
+
+    /// Goes on from [`AdamW::state`].
+    pub fn resume(&mut self, moments: Vec<(Tensor, Tensor)>, steps: i32) {
+        (self.moments, self.steps) = (moments, steps);
+    }
+
     /// One step: clips the gradients, moves the weights. Returns the gradients' norm before clipping.
-    pub fn step(&mut self, weights: &[(&Var, Tensor)], learning_rate: f64) -> Result<f64> {
+    pub fn step(&mut self, weights: &[(&Var, &Tensor)], learning_rate: f64) -> Result<f64> {
         let c = self.config;
         let mut squares = 0f64;
         for (_, gradient) in weights {
@@ -51,7 +62,7 @@ impl AdamW {
         self.steps += 1;
         let (first, second) = (1.0 - c.beta1.powi(self.steps), 1.0 - c.beta2.powi(self.steps));
         for ((weight, gradient), (mean, square)) in weights.iter().zip(&mut self.moments) {
-            let gradient = (gradient * clip)?;
+            let gradient = (*gradient * clip)?;
             *mean = ((&*mean * c.beta1)? + (&gradient * (1.0 - c.beta1))?)?;
             *square = ((&*square * c.beta2)? + (gradient.sqr()? * (1.0 - c.beta2))?)?;
             let root = ((square.sqrt()? / second.sqrt())? + c.eps)?;
@@ -63,11 +74,13 @@ impl AdamW {
 }
 
 /// How the learning rate goes over the steps of a job, as transformers' `get_scheduler` has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Schedule {
     /// Up in a line, then constant.
     Constant,
     /// Up in a line, then down to 0 in a line.
+    #[default]
     Linear,
     /// Up in a line, then down to 0 in half a cosine.
     Cosine,
@@ -111,7 +124,7 @@ mod tests {
         let config = AdamWConfig { weight_decay: 0.5, max_gradient_norm: 0.0, ..AdamWConfig::default() };
         let mut adam = AdamW::new([&w].into_iter(), config).unwrap();
         let gradient = Tensor::new(&[3f32, -4.0], &Device::Cpu).unwrap();
-        assert_eq!(adam.step(&[(&w, gradient)], 0.1).unwrap(), 5.0);
+        assert_eq!(adam.step(&[(&w, &gradient)], 0.1).unwrap(), 5.0);
         let got = w.to_vec1::<f32>().unwrap();
         // w (1 - 0.1 * 0.5) - 0.1 sign(g)
         assert!((got[0] - 1.8).abs() < 1e-6 && (got[1] + 0.85).abs() < 1e-6, "{got:?}");

@@ -14,9 +14,13 @@ pub enum EncoderKind {
     Lstm,
     /// Prefix-tuning with reparametrisation: embedding -> Linear, tanh, Linear (`transform.{0,2}`).
     Projection,
+    /// Multitask prompt tuning: prompt of task t = embedding * (`prefix_task_cols`\[t\] @ `prefix_task_rows`\[t\]); the
+    /// rows of all tasks, one after the other.
+    Multitask,
 }
 
-/// Trainable weights under PEFT's names, and the rows that they stand for.
+/// Trainable weights under PEFT's names, and the rows that they stand for. Clones share the weights.
+#[derive(Clone)]
 pub struct PromptEncoder {
     kind: EncoderKind,
     weights: BTreeMap<String, Var>,
@@ -41,12 +45,24 @@ impl PromptEncoder {
         Ok(encoder)
     }
 
+    /// How weights become rows.
+    pub fn kind(&self) -> EncoderKind {
+        self.kind
+    }
+
+    /// Tasks that share the rows: 1 unless the prompt is a multitask one.
+    pub fn tasks(&self) -> usize {
+        let cols = self.weights.get("prefix_task_cols").filter(|_| self.kind == EncoderKind::Multitask);
+        cols.map_or(1, |cols| cols.dims()[0].max(1))
+    }
+
     /// The trainable weights by PEFT's names, always in the same order.
     pub fn weights(&self) -> impl Iterator<Item = (&str, &Var)> {
         self.weights.iter().map(|(name, var)| (name.as_str(), var))
     }
 
-    /// The rows `[num_virtual_tokens, width]`, with their gradient: what PEFT saves as `prompt_embeddings`.
+    /// The rows `[tasks * num_virtual_tokens, width]`, with their gradient: what PEFT saves as `prompt_embeddings`, except of
+    /// a multitask prompt.
     pub fn rows(&self) -> Result<Tensor> {
         let embedding = self.weight("embedding.weight")?.as_tensor().clone();
         match self.kind {
@@ -59,6 +75,11 @@ impl PromptEncoder {
             EncoderKind::Projection => {
                 let x = self.linear("transform.0", &embedding)?.tanh()?;
                 self.linear("transform.2", &x)
+            }
+            EncoderKind::Multitask => {
+                let (cols, rows) = (self.weight("prefix_task_cols")?, self.weight("prefix_task_rows")?);
+                let scales = cols.as_tensor().matmul(rows.as_tensor())?; // [tasks, n, width]
+                Ok(scales.broadcast_mul(&embedding)?.flatten(0, 1)?)
             }
             EncoderKind::Lstm => {
                 let mut x = embedding;
@@ -76,7 +97,11 @@ impl PromptEncoder {
         }
     }
 
-    fn weight(&self, name: &str) -> Result<&Var> {
+    /// One weight by its name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming one that is not there.
+    pub fn weight(&self, name: &str) -> Result<&Var> {
         self.weights.get(name).ok_or_else(|| Error::invalid("prompt encoder", name, "is missing"))
     }
 

@@ -1,0 +1,369 @@
+//! One packed batch of several jobs: forward, losses, and back, a slice at a time.
+use super::head::TrainedHead;
+use super::job::{Job, Placement};
+use super::prompt_encoder::PromptEncoder;
+use crate::adapter::InputRow;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::model::batch::PackedBatch;
+use crate::model::packed::{Activations, PackedPass, back, of};
+use crate::ops::cross_entropy::CHUNK;
+use crate::ops::embed::RowSource;
+use crate::ops::prefix_attention::PackedSequence;
+use candle_core::{DType, Device, Tensor};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// One sequence and what is to be learned from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Example {
+    /// Which task of a multitask prompt; 0 otherwise.
+    pub task: usize,
+    /// The sequence's own rows; soft ones count from the first virtual token.
+    pub rows: Vec<InputRow>,
+    /// What is to come out.
+    pub goal: Goal,
+}
+
+/// What is to come out of a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// For each row, whether it is to be predicted, and as which token.
+    Tokens(Vec<Option<u32>>),
+    /// The class that the head is to choose.
+    Class(u32),
+}
+
+/// A job's part of a batch.
+pub struct Work<'a> {
+    /// Whose.
+    pub job: &'a Job,
+    /// On what.
+    pub examples: Vec<&'a Example>,
+    /// Losses are divided by this in the gradient: the targets of the optimiser's whole step.
+    pub divisor: usize,
+    /// Whether gradients are wanted; evaluation wants none.
+    pub train: bool,
+}
+
+/// What a batch did for one job.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Sum of the negative log-likelihoods of all targets.
+    pub nll: f64,
+    /// Targets.
+    pub targets: usize,
+    /// Targets that greedy decoding would choose.
+    pub greedy: usize,
+    /// Examples all of whose targets it would choose: what it would write is the target, to the last token.
+    pub exact: usize,
+    /// Examples.
+    pub examples: usize,
+    /// Rows that the model ran for this job.
+    pub rows: usize,
+    /// Of each weight, in the job's order, of the sum of losses divided by the divisor.
+    pub gradients: Option<Vec<Tensor>>,
+}
+
+/// A batch on its way through the model.
+pub struct Step {
+    pass: PackedPass,
+    parts: Vec<Part>,
+    stage: Stage,
+    train: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Forward,
+    /// Of which part, from which of its targets on.
+    Loss(usize, usize),
+    Backward,
+    Done,
+}
+
+/// What belongs to one job.
+struct Part {
+    /// The prompt encoder's rows, with their graph.
+    rows: Tensor,
+    encoder: PromptEncoder,
+    head: Option<TrainedHead>,
+    placement: Placement,
+    /// Of all soft or all stored rows, those that are this job's.
+    own: Range<usize>,
+    /// Of the batch's wanted rows.
+    wanted: Range<usize>,
+    /// A token or a class for each.
+    targets: Vec<u32>,
+    /// Of each example, where its targets end.
+    ends: Vec<usize>,
+    right: Vec<bool>,
+    divisor: usize,
+    train: bool,
+    outcome: Outcome,
+    head_gradients: Vec<Tensor>,
+}
+
+impl Step {
+    /// Packs the sequences of all jobs. `keep`: what becomes of activations where any job trains.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a job without targets, or with labels that are not as many as rows.
+    pub fn new(model: &Model, work: &[Work<'_>], keep: Activations) -> Result<Self> {
+        let rows = work.iter().map(|w| w.job.encoder.rows()).collect::<Result<Vec<_>>>()?;
+        let of = |stored: bool| -> Vec<Tensor> {
+            let own = work.iter().zip(&rows).filter(|(w, _)| (w.job.placement == Placement::Stored) == stored);
+            own.map(|(_, rows)| rows.detach()).collect()
+        };
+        let (soft, stored) = (of(false), of(true));
+        let stored = if stored.is_empty() { None } else { Some(Tensor::cat(&stored, 0)?) };
+        let soft = if soft.is_empty() {
+            Tensor::zeros((0, model.info().hidden_size), DType::F32, &Device::Cpu)?
+        } else {
+            Tensor::cat(&soft, 0)?
+        };
+        let mut packer = Packer::new(stored.as_ref().map_or(0, |s| s.dims()[0]), model.info().encoder);
+        let mut parts = Vec::with_capacity(work.len());
+        for (w, rows) in work.iter().zip(rows) {
+            parts.push(packer.job(w, rows)?);
+        }
+        let train = work.iter().any(|w| w.train);
+        let activations = if train { keep } else { Activations::Discard };
+        let pass = PackedPass::new(model, &packer.batch, &soft, stored.as_ref(), activations)?;
+        Ok(Step { pass, parts, stage: Stage::Forward, train })
+    }
+
+    /// Does a slice of the work: a layer one way, or the losses of some rows. False: the outcomes are ready.
+    pub fn advance(&mut self, model: &Model) -> Result<bool> {
+        self.stage = match self.stage {
+            Stage::Forward if self.pass.forward(model)? => Stage::Forward,
+            Stage::Forward => Stage::Loss(0, 0),
+            Stage::Loss(part, from) => self.losses(model, part, from)?,
+            Stage::Backward if self.pass.backward(model)? => Stage::Backward,
+            Stage::Backward | Stage::Done => Stage::Done,
+        };
+        Ok(self.stage != Stage::Done)
+    }
+
+    /// What came out for each job, in order; all slices must be done.
+    pub fn finish(self) -> Result<Vec<Outcome>> {
+        if self.stage != Stage::Done {
+            return Err(Error::internal("a step that has not come to its end"));
+        }
+        let (soft, stored) = if self.train { self.pass.gradients()? } else { (None, None) };
+        self.parts.into_iter().map(|part| part.finish(soft.as_ref(), stored.as_ref())).collect()
+    }
+
+    fn losses(&mut self, model: &Model, index: usize, from: usize) -> Result<Stage> {
+        let Some(part) = self.parts.get_mut(index) else {
+            return Ok(if self.train { Stage::Backward } else { Stage::Done });
+        };
+        let all = part.targets.len();
+        // A head reads few rows, once; the vocabulary is wide.
+        let to = if part.head.is_some() { all } else { all.min(from + CHUNK) };
+        let (hidden, wanted) = self.pass.wanted(model, part.wanted.start + from..part.wanted.start + to)?;
+        let gradient = match &part.head {
+            None => part.token_losses(model, &wanted, from..to)?,
+            Some(_) => part.class_losses(model, &wanted)?,
+        };
+        if let Some(gradient) = gradient {
+            self.pass.add_gradient(of(&back(&wanted, &gradient)?, &hidden)?)?;
+        } else if self.train {
+            self.pass.add_gradient(hidden.zeros_like()?)?;
+        }
+        Ok(if to < all { Stage::Loss(index, to) } else { Stage::Loss(index + 1, 0) })
+    }
+}
+
+impl Part {
+    /// Losses of some wanted rows; their gradient, if this job trains.
+    fn token_losses(&mut self, model: &Model, wanted: &Tensor, range: Range<usize>) -> Result<Option<Tensor>> {
+        let losses = model.cross_entropy(wanted, &self.targets[range], self.train)?;
+        self.outcome.nll += losses.nll.iter().sum::<f64>();
+        self.right.extend(losses.greedy);
+        Ok(losses.gradient.map(|g| g / self.divisor as f64).transpose()?)
+    }
+
+    fn class_losses(&mut self, model: &Model, wanted: &Tensor) -> Result<Option<Tensor>> {
+        let Some(head) = &self.head else { return Ok(None) };
+        let pooled = candle_core::Var::from_tensor(&wanted.detach())?;
+        let logits = head.forward(&model.pool(&pooled)?)?; // [examples, classes]
+        let classes = logits.dim(1)?;
+        let most = logits.detach().max_keepdim(1)?;
+        let shifted = logits.broadcast_sub(&most)?;
+        let norm = shifted.exp()?.sum_keepdim(1)?.log()?;
+        let logprobs = shifted.broadcast_sub(&norm)?;
+        let mut chosen = vec![0f32; self.targets.len() * classes];
+        for (i, (row, class)) in logprobs.detach().to_vec2::<f32>()?.iter().zip(&self.targets).enumerate() {
+            let class = *class as usize;
+            if class >= classes {
+                return Err(Error::internal(format!("class {class} of {classes}")));
+            }
+            chosen[i * classes + class] = 1.0;
+            self.outcome.nll -= f64::from(row[class]);
+            let best = row.iter().enumerate().fold(0, |best, (j, p)| if *p > row[best] { j } else { best });
+            self.right.push(best == class);
+        }
+        if !self.train {
+            return Ok(None);
+        }
+        let chosen = Tensor::from_vec(chosen, logprobs.shape(), &Device::Cpu)?;
+        let loss = ((logprobs * chosen)?.sum_all()? * (-1.0 / self.divisor as f64))?;
+        let gradients = loss.backward()?;
+        self.head_gradients = head.weights().map(|(_, var)| of(&gradients, var)).collect::<Result<_>>()?;
+        Ok(Some(of(&gradients, &pooled)?))
+    }
+
+    fn finish(mut self, soft: Option<&Tensor>, stored: Option<&Tensor>) -> Result<Outcome> {
+        let out = &mut self.outcome;
+        out.targets = self.targets.len();
+        out.greedy = self.right.iter().filter(|right| **right).count();
+        let mut start = 0;
+        for end in &self.ends {
+            out.exact += usize::from(self.right[start..*end].iter().all(|right| *right));
+            start = *end;
+        }
+        out.examples = self.ends.len();
+        if !self.train {
+            return Ok(self.outcome);
+        }
+        let all = if self.placement == Placement::Stored { stored } else { soft };
+        let gradient = all.ok_or_else(|| Error::internal("a job's rows without gradient"))?;
+        let gradients = back(&self.rows, &gradient.narrow(0, self.own.start, self.own.len())?)?;
+        let mut weights = self.encoder.weights().map(|(_, var)| of(&gradients, var)).collect::<Result<Vec<_>>>()?;
+        weights.append(&mut self.head_gradients);
+        self.outcome.gradients = Some(weights);
+        Ok(self.outcome)
+    }
+}
+
+/// Puts the sequences of all jobs one after the other.
+struct Packer {
+    batch: PackedBatch,
+    /// Rows of K and V before the batch's own.
+    stored: usize,
+    /// Stored rows and virtual tokens given to jobs so far.
+    used: (usize, usize),
+    encoder: bool,
+}
+
+/// What the sequences of one task attend to.
+#[derive(Clone)]
+struct Shared {
+    /// Rows of K and V.
+    prefix: Range<usize>,
+    /// The row that has seen all of it.
+    last: Option<u32>,
+}
+
+impl Packer {
+    fn new(stored: usize, encoder: bool) -> Self {
+        Packer { batch: PackedBatch::default(), stored, used: (0, 0), encoder }
+    }
+
+    fn job(&mut self, work: &Work<'_>, rows: Tensor) -> Result<Part> {
+        let (job, n) = (work.job, rows.dim(0)?);
+        let used = if job.placement == Placement::Stored { &mut self.used.0 } else { &mut self.used.1 };
+        let own = *used..*used + n;
+        *used += n;
+        let per_task = n / job.encoder.tasks();
+        let (first, start) = (self.batch.wanted.len(), self.batch.inputs.len());
+        let mut shared: HashMap<usize, Shared> = HashMap::new();
+        let (mut targets, mut ends) = (Vec::new(), Vec::new());
+        for example in &work.examples {
+            if example.task >= job.encoder.tasks() {
+                let rule = format!("the job has {} tasks, counted from 0", job.encoder.tasks());
+                return Err(Error::invalid("task_id", example.task, rule));
+            }
+            let soft = own.start + example.task * per_task;
+            let common = match shared.get(&example.task) {
+                Some(common) => common.clone(),
+                None => {
+                    let common = self.shared(job, own.start, soft as u32, per_task);
+                    shared.entry(example.task).or_insert(common).clone()
+                }
+            };
+            self.example(example, soft as u32, &common, &mut targets)?;
+            ends.push(targets.len());
+        }
+        if targets.is_empty() {
+            return Err(Error::invalid("labels", "none", "a step needs at least one token that is to be predicted"));
+        }
+        let outcome = Outcome { rows: self.batch.inputs.len() - start, ..Outcome::default() };
+        Ok(Part {
+            rows,
+            encoder: job.encoder.clone(),
+            head: job.head.clone(),
+            placement: job.placement,
+            own,
+            wanted: first..self.batch.wanted.len(),
+            targets,
+            ends,
+            right: Vec::new(),
+            divisor: work.divisor.max(1),
+            train: work.train,
+            outcome,
+            head_gradients: Vec::new(),
+        })
+    }
+
+    /// Adds what all sequences of a task attend to.
+    fn shared(&mut self, job: &Job, stored: usize, soft: u32, n: usize) -> Shared {
+        if job.placement == Placement::Stored {
+            return Shared { prefix: stored..stored + n, last: None };
+        }
+        let virtual_tokens = if job.placement == Placement::AmongRows { 0 } else { n as u32 };
+        let text = |ids: &[u32]| ids.iter().map(|id| RowSource::Token(*id)).collect::<Vec<_>>();
+        let rows: Vec<RowSource> = text(&job.before)
+            .into_iter()
+            .chain((soft..soft + virtual_tokens).map(RowSource::Soft))
+            .chain(text(&job.after))
+            .collect();
+        if rows.is_empty() {
+            return Shared { prefix: 0..0, last: None };
+        }
+        let own = self.sequence(rows.into_iter(), 0, 0..0);
+        Shared { last: Some((own.end - 1 - self.stored) as u32), prefix: own }
+    }
+
+    fn example(&mut self, example: &Example, soft: u32, common: &Shared, targets: &mut Vec<u32>) -> Result<()> {
+        let rows = example.rows.iter().map(|row| match *row {
+            InputRow::Token(id) => RowSource::Token(id),
+            InputRow::Soft(i) => RowSource::Soft(soft + i),
+        });
+        let own = self.sequence(rows, common.prefix.len(), common.prefix.clone());
+        let row = |i: usize| (own.start - self.stored + i) as u32;
+        match &example.goal {
+            Goal::Class(class) => {
+                self.batch.wanted.push(if self.encoder { row(0) } else { row(own.len() - 1) });
+                targets.push(*class);
+            }
+            Goal::Tokens(labels) if labels.len() != example.rows.len() => {
+                let rule = format!("must be {}, one a row", example.rows.len());
+                return Err(Error::invalid("labels", format!("{} entries", labels.len()), rule));
+            }
+            Goal::Tokens(labels) => {
+                for (i, label) in labels.iter().enumerate() {
+                    // Row i - 1 predicts token i; the last row of the prefix predicts the first one.
+                    let before = if i == 0 { common.last } else { Some(row(i - 1)) };
+                    if let (Some(before), Some(label)) = (before, label) {
+                        self.batch.wanted.push(before);
+                        targets.push(*label);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds rows at positions from `at` on; returns their rows of K and V.
+    fn sequence(&mut self, inputs: impl Iterator<Item = RowSource>, at: usize, prefix: Range<usize>) -> Range<usize> {
+        let start = self.batch.inputs.len();
+        self.batch.inputs.extend(inputs);
+        let queries = start..self.batch.inputs.len();
+        self.batch.positions.extend((at..at + queries.len()).map(|p| p as u32));
+        let own = self.stored + queries.start..self.stored + queries.end;
+        self.batch.sequences.push(PackedSequence { queries, prefix, own: own.clone() });
+        own
+    }
+}
