@@ -7,7 +7,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Folders that `include_dir!` puts into the executable: it cannot tell cargo of them itself.
     println!("cargo:rerun-if-changed=adapters");
     println!("cargo:rerun-if-changed=models/demo/hot-load");
-    let files = ["inference.proto", "adapters.proto", "server.proto"].map(|f| format!("prefixd/v1/{f}"));
+    let files =
+        ["inference.proto", "adapters.proto", "training.proto", "server.proto"].map(|f| format!("prefixd/v1/{f}"));
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("prefixd.bin"), descriptors.encode_to_vec())?;

@@ -21,8 +21,9 @@ use std::sync::Arc;
 
 pub use head::Head;
 pub use multitask::Tasks;
+pub use peft::place;
 pub use peft::{Loaded, load as load_folder};
-pub use placed::Placed;
+pub use placed::{Placed, Placement};
 pub use registry::{Registry, State, Status, Ticket};
 pub use store::{Staging, Store};
 pub use task::{CardSampling, CardStopping, Piece, TaskCard};

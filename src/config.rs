@@ -33,6 +33,8 @@ pub struct Config {
     pub engine: EngineConfig,
     /// What a request may ask for.
     pub limits: Limits,
+    /// Adapters that are trained while the server serves.
+    pub training: TrainingConfig,
     /// Seconds that running requests get to finish after SIGTERM.
     pub drain_seconds: u64,
 }
@@ -49,6 +51,7 @@ impl Default for Config {
             dtype: DtypeChoice::Auto,
             engine: EngineConfig::default(),
             limits: Limits::default(),
+            training: TrainingConfig::default(),
             drain_seconds: 30,
         }
     }
@@ -152,6 +155,56 @@ impl Default for EngineConfig {
     }
 }
 
+/// Training of adapters.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingConfig {
+    /// Of the engine's time while requests run, 0 to 0.9. Training takes everything when there are none.
+    pub share: f64,
+    /// Where jobs are kept. None: in `.training` of the adapter store, or in memory where that is the shipped one.
+    pub dir: Option<PathBuf>,
+    /// Folder of datasets (`NAME.jsonl`) that jobs and evaluations may name, and where uploads go. None: `datasets` in
+    /// `dir`.
+    pub data: Option<PathBuf>,
+    /// Jobs that train at once; they share batches.
+    pub max_running: usize,
+    /// Jobs that may wait.
+    pub max_queued: usize,
+    /// Ended jobs that are remembered.
+    pub kept_jobs: usize,
+    /// Examples of one job.
+    pub max_examples: usize,
+    /// Bytes of one dataset.
+    pub max_data_bytes: u64,
+    /// Rows of a batch that several jobs share.
+    pub batch_rows: usize,
+    /// MiB of activations that are kept from the way forward; layers beyond compute theirs again.
+    pub activation_mib: usize,
+    /// MiB that one layer's activations of the largest batch may take.
+    pub batch_mib: usize,
+    /// Seconds between checkpoints of a job.
+    pub checkpoint_seconds: u64,
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        TrainingConfig {
+            share: 0.3,
+            dir: None,
+            data: None,
+            max_running: 8,
+            max_queued: 1000,
+            kept_jobs: 1000,
+            max_examples: 1_000_000,
+            max_data_bytes: 256 << 20,
+            batch_rows: 2048,
+            activation_mib: 1024,
+            batch_mib: 1024,
+            checkpoint_seconds: 10,
+        }
+    }
+}
+
 /// What a request may ask for.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -227,7 +280,15 @@ impl Config {
         at_least("limits.max_message_bytes", self.limits.max_message_bytes, 1024)?;
         at_least("limits.max_n", self.limits.max_n, 1)?;
         at_least("limits.max_continuations", self.limits.max_continuations, 1)?;
-        at_least("limits.max_adapters", self.limits.max_adapters, 1)
+        at_least("limits.max_adapters", self.limits.max_adapters, 1)?;
+        let t = &self.training;
+        if !(0.0..=0.9).contains(&t.share) {
+            return Err(Error::invalid("training.share", t.share, "must be from 0 to 0.9"));
+        }
+        at_least("training.max_running", t.max_running, 1)?;
+        at_least("training.kept_jobs", t.kept_jobs, 1)?;
+        at_least("training.max_examples", t.max_examples, 1)?;
+        at_least("training.batch_rows", t.batch_rows, 1)
     }
 }
 

@@ -4,6 +4,7 @@
 mod batcher;
 mod capacity;
 mod fair_queue;
+mod guest;
 pub mod loader;
 pub mod request;
 mod residency;
@@ -19,6 +20,7 @@ use crate::adapter::{Digest, Prefix};
 use crate::config::EngineConfig;
 use crate::error::{Error, Kind, Result};
 use crate::model::Model;
+use crate::model::background::Background;
 use request::{Event, Request};
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +40,14 @@ pub struct EngineHandle {
     shared: Arc<Shared>,
 }
 
+/// Work that shares the engine's thread.
+pub struct Guest {
+    /// What it is.
+    pub work: Box<dyn Background>,
+    /// Of the thread's time while requests run, 0 to 1. It takes everything when there are none.
+    pub share: f64,
+}
+
 /// The running engine: keep it to stop it.
 pub struct Engine {
     handle: EngineHandle,
@@ -50,8 +60,13 @@ impl Engine {
     /// # Errors
     /// `Internal` when the KV pool cannot be had, `InvalidArgument` when it would not hold one page.
     pub fn start(model: Model, config: &EngineConfig) -> Result<Self> {
+        Self::start_with(model, config, None)
+    }
+
+    /// The same with work that runs between steps: while requests run, no more than a share of the time.
+    pub fn start_with(model: Model, config: &EngineConfig, background: Option<Guest>) -> Result<Self> {
         let (commands, inbox) = mpsc::channel(COMMANDS);
-        let worker = worker::Worker::new(model, config, inbox)?;
+        let worker = worker::Worker::new(model, config, inbox, background)?;
         let handle = EngineHandle { commands, shared: worker.shared() };
         let thread = std::thread::Builder::new().name("prefixd-engine".into()).spawn(move || worker.run());
         let thread = thread.map_err(|e| Error::internal(format!("engine thread: {e}")))?;
@@ -68,8 +83,7 @@ impl Drop for Engine {
     /// Stops after the step at hand; requests still running get [`Kind::Unavailable`].
     fn drop(&mut self) {
         self.handle.shared.stop();
-        // A full channel is as good a wake-up as this message.
-        let _ = self.handle.commands.try_send(Command::Wake);
+        self.handle.wake();
         if let Some(thread) = self.thread.take() {
             // The thread has no panic of ours to report that the log did not get.
             let _ = thread.join();
@@ -106,6 +120,12 @@ impl EngineHandle {
     pub fn forget(&self, digest: Digest) {
         // A stopped engine has no pages to give back; a full channel leaves the prefix to eviction by age.
         let _ = self.commands.try_send(Command::Forget(digest));
+    }
+
+    /// Has the engine look whether its guest has work.
+    pub fn wake(&self) {
+        // A full inbox is as good a wake-up as this message.
+        let _ = self.commands.try_send(Command::Wake);
     }
 
     /// Whether the prefix's pages are in the pool now.

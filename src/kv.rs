@@ -80,6 +80,28 @@ impl KvPool {
         Ok(())
     }
 
+    /// K and V of positions `0..len`, which lie in `pages`, of all layers: `[len, 2 * layers * kv_heads * head_dim]`, the
+    /// layout that prefix-tuning stores.
+    pub fn read(&self, pages: &[PageId], len: usize) -> Result<Tensor> {
+        let (heads, dim) = (self.layout.kv_heads, self.layout.head_dim);
+        let (width, page_len) = (heads * dim, self.layout.page_len());
+        let columns = 2 * self.layers.len() * width;
+        let mut rows = vec![0f32; len * columns];
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (keys, values) = (layer.keys.flatten_all()?.to_vec1::<f32>()?, layer.values.flatten_all()?.to_vec1()?);
+            for (i, row) in rows.chunks_exact_mut(columns).enumerate() {
+                let (start, place) = (pages[i / PAGE].0 as usize * page_len, i % PAGE);
+                let (k, v) = row[2 * index * width..][..2 * width].split_at_mut(width);
+                for (head, (k, v)) in k.chunks_exact_mut(dim).zip(v.chunks_exact_mut(dim)).enumerate() {
+                    let at = start + head * dim * PAGE;
+                    k.iter_mut().enumerate().for_each(|(d, k)| *k = keys[at + d * PAGE + place]);
+                    v.copy_from_slice(&values[at + place * dim..][..dim]);
+                }
+            }
+        }
+        Ok(Tensor::from_vec(rows, (len, columns), self.layers[0].keys.device())?)
+    }
+
     /// Fills `page` with NaN, in debug builds: a recycled page must not pass for a fresh one.
     pub fn poison(&self, page: PageId) -> Result<()> {
         let width = 2 * self.layout.kv_heads * self.layout.head_dim;

@@ -11,12 +11,13 @@ mod weights;
 use crate::adapter::{BaseShape, Head};
 use crate::config::{Device, DtypeChoice};
 use crate::error::{Context, Error, Kind, Result};
-use crate::kv::KvPool;
+use crate::kv::{KvPool, PageId, pages_for};
 use crate::ops::cross_entropy::CrossEntropy;
+use crate::ops::embed::RowSource;
 use crate::ops::linear::{Cpu, Linear};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
-use batch::Batch;
+use batch::{Batch, Rows};
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
 use decoder::Decoder;
@@ -53,6 +54,8 @@ pub struct ModelInfo {
     pub max_model_len: usize,
     /// It classifies and generates nothing.
     pub encoder: bool,
+    /// Modules of a classification head on it, in order, as PEFT's `modules_to_save` names them.
+    pub head_modules: &'static [&'static str],
     /// Classes of the base's own head, if it came with one.
     pub labels: Vec<String>,
     /// Type of the weights in the checkpoint or as asked for.
@@ -131,6 +134,7 @@ impl Model {
             vocab_size: config.vocab_size,
             max_model_len,
             encoder: config.family.encoder,
+            head_modules: if config.family.encoder { config.family.names.classifier } else { &["score"] },
             labels: head.as_ref().map_or(Vec::new(), |h| labels(&config, h.labels())),
             dtype: checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
             device: "cpu".into(),
@@ -188,6 +192,33 @@ impl Model {
         self.decoder.forward(batch, kv)
     }
 
+    /// The embeddings of tokens `[tokens, hidden]`, as virtual tokens in their place would be.
+    pub fn token_rows(&self, tokens: &[u32]) -> Result<Tensor> {
+        self.decoder.token_rows(tokens)
+    }
+
+    /// K and V of a text at positions 0 and on, in every layer: `[tokens, 2 * layers * kv_heads * head_dim]`, the layout
+    /// that prefix-tuning stores.
+    pub fn kv_of(&self, tokens: &[u32]) -> Result<Tensor> {
+        let pages: Vec<PageId> = (0..pages_for(tokens.len()) as u32).map(PageId).collect();
+        let kv = self.kv_pool(pages.len())?;
+        let inputs: Vec<RowSource> = tokens.iter().map(|id| RowSource::Token(*id)).collect();
+        let mut batch = Batch::default();
+        let rows = Rows {
+            inputs: &inputs,
+            soft: &[],
+            first: 0,
+            prefix_len: 0,
+            prefix_pages: &[],
+            own_pages: &pages,
+            wanted: 0..0,
+            sampled: false,
+        };
+        batch.push(&rows, self.info.hidden_size);
+        self.forward(&batch, &kv)?;
+        kv.read(&pages, tokens.len())
+    }
+
     /// Hidden rows `[n, hidden]` -> logits `[n, vocab]`.
     ///
     /// # Errors
@@ -202,6 +233,11 @@ impl Model {
     /// `Internal` for an encoder.
     pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32], gradient: bool) -> Result<CrossEntropy> {
         self.decoder.cross_entropy(hidden, targets, gradient)
+    }
+
+    /// Bytes that a row's activations take in one layer while its graph is kept.
+    pub fn activation_bytes_per_row(&self) -> usize {
+        self.decoder.activation_bytes_per_row()
     }
 
     /// Hidden rows `[n, hidden]` -> what a classification head reads, differentiable.

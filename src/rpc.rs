@@ -6,12 +6,15 @@ pub mod adapters;
 pub mod admission;
 pub mod call;
 pub mod convert;
+pub mod datasets;
 pub mod drain;
+pub mod evaluate;
 pub mod inference;
 pub mod outcome;
 mod record;
 pub mod server_info;
 pub mod stream;
+pub mod training;
 pub mod upload;
 pub mod wire;
 
@@ -24,6 +27,7 @@ pub mod proto {
 use proto::adapter_service_server::AdapterServiceServer;
 use proto::inference_service_server::InferenceServiceServer;
 use proto::server_service_server::ServerServiceServer;
+use proto::training_service_server::TrainingServiceServer;
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use wire::Refusals;
@@ -38,15 +42,18 @@ pub struct Services {
     pub inference: inference::Inference,
     /// Load, upload, unload.
     pub adapters: adapters::Adapters,
+    /// Train, watch, evaluate.
+    pub training: training::Training,
     /// Facts and figures.
     pub server: server_info::ServerInfo,
 }
 
 impl Services {
     /// Names of the services, as the health check knows them.
-    pub const NAMES: [&'static str; 3] = [
+    pub const NAMES: [&'static str; 4] = [
         InferenceServiceServer::<inference::Inference>::NAME,
         AdapterServiceServer::<adapters::Adapters>::NAME,
+        TrainingServiceServer::<training::Training>::NAME,
         ServerServiceServer::<server_info::ServerInfo>::NAME,
     ];
 
@@ -59,7 +66,13 @@ impl Services {
         let adapters = AdapterServiceServer::new(self.adapters)
             .max_decoding_message_size(max_message_bytes)
             .max_encoding_message_size(usize::MAX);
+        let training = TrainingServiceServer::new(self.training)
+            .max_decoding_message_size(max_message_bytes)
+            .max_encoding_message_size(usize::MAX);
         let server = ServerServiceServer::new(self.server).max_decoding_message_size(max_message_bytes);
-        Routes::new(Refusals(inference)).add_service(Refusals(adapters)).add_service(Refusals(server))
+        Routes::new(Refusals(inference))
+            .add_service(Refusals(adapters))
+            .add_service(Refusals(training))
+            .add_service(Refusals(server))
     }
 }

@@ -13,6 +13,7 @@
 mod drained;
 mod gauges;
 mod shipped;
+mod training;
 mod watching;
 
 use crate::adapter::{AdapterId, Registry, Store};
@@ -101,7 +102,8 @@ impl Server {
         let classifier = model.head().map(|head| (head.clone(), info.labels.clone()));
         let chat_template = model.chat_template().clone();
         let engine_config = config.engine.clone();
-        let engine = blocking(move || Engine::start(model, &engine_config)).await?;
+        let (bench, guest) = training::bench(&model, &config.training);
+        let engine = blocking(move || Engine::start_with(model, &engine_config, Some(guest))).await?;
 
         let (store, shipped) = open_store(&config).await?;
         let registry = Registry::new(config.limits.max_adapters);
@@ -133,8 +135,15 @@ impl Server {
             encoder,
             classifier,
         });
+        let inference = Inference { admission, engine: handle.clone(), drain: drain.clone() };
+        let training = {
+            let (loader, config, durable) = (loader.clone(), config.clone(), shipped.is_none());
+            let (inference, drain) = (inference.clone(), drain.clone());
+            blocking(move || training::service(bench, &config, durable, loader, inference, drain)).await?
+        };
         let services = Services {
-            inference: Inference { admission, engine: handle.clone(), drain: drain.clone() },
+            inference,
+            training,
             adapters: Adapters { loader: loader.clone(), uploads: Default::default(), drain: drain.clone() },
             server: ServerInfo { facts: Arc::new(facts(&info, &config, &handle)), engine: handle, registry, started },
         };

@@ -24,6 +24,7 @@ use weights::Weights;
 
 pub(super) use config::method_of as config_method;
 pub(super) use heads::module as head_module;
+pub use place::placement as place;
 pub use save::{SavedAdapter, SavedBase, SavedTensor, save};
 pub(super) use weights::{SERVED_DTYPES, is_prompt_tensor};
 

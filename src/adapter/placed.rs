@@ -13,7 +13,7 @@ pub struct Placed {
 
 /// How to place them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Placement {
+pub struct Placement {
     /// Prefix text in front of the virtual tokens.
     pub before: Vec<InputRow>,
     /// Prefix text behind them.

@@ -1,12 +1,13 @@
 //! The engine thread: owns the model, the pool and every sequence.
-use super::Stats;
 use super::batcher::LogitUse;
 use super::capacity;
+use super::guest::Hosting;
 use super::request::{Event, FinishReason, Request};
 use super::runner::Runner;
 use super::sampler;
 use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
+use super::{Guest, Stats};
 use crate::adapter::{Digest, Head, InputRow, Prefix};
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
@@ -27,7 +28,7 @@ pub enum Command {
     Prepare { prefix: Arc<Prefix>, pinned: bool, done: oneshot::Sender<Result<()>> },
     /// A prefix is out of service.
     Forget(Digest),
-    /// Look at the stop flag.
+    /// Look at the stop flag, and whether the guest has work.
     Wake,
 }
 
@@ -117,6 +118,7 @@ pub struct Worker {
     waiting: HashMap<Digest, Vec<oneshot::Sender<Result<()>>>>,
     inbox: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
+    hosting: Hosting,
     steps: u64,
     generated: u64,
 }
@@ -126,7 +128,12 @@ impl Worker {
     ///
     /// # Errors
     /// `InvalidArgument` when the pool would not hold one page.
-    pub fn new(model: Model, config: &EngineConfig, inbox: mpsc::Receiver<Command>) -> Result<Self> {
+    pub fn new(
+        model: Model,
+        config: &EngineConfig,
+        inbox: mpsc::Receiver<Command>,
+        guest: Option<Guest>,
+    ) -> Result<Self> {
         let info = model.info();
         let pages = capacity::pages(config, model.page_bytes())?;
         let (max_model_len, vocab_size, hidden_size) = (info.max_model_len, info.vocab_size, info.hidden_size);
@@ -157,6 +164,7 @@ impl Worker {
             waiting: HashMap::new(),
             inbox,
             shared,
+            hosting: Hosting::new(guest),
             steps: 0,
             generated: 0,
         })
@@ -179,11 +187,14 @@ impl Worker {
             self.reap();
             let step = self.scheduler.schedule();
             self.announce(&step);
+            let began = Instant::now();
             if !step.is_empty() {
                 self.step(&step);
             }
             self.answer_waiting();
             self.publish();
+            self.hosting.served(began.elapsed());
+            self.hosting.run(self.runner.model(), self.scheduler.has_work());
         }
         let stopped = || Error::unavailable("the server is stopping");
         self.sequences.drain().for_each(|(_, s)| s.fail(stopped()));
@@ -192,7 +203,7 @@ impl Worker {
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.
     fn listen(&mut self) -> bool {
-        if !self.scheduler.has_work() {
+        if !self.scheduler.has_work() && !self.hosting.awake() {
             match self.inbox.blocking_recv() {
                 Some(command) => self.obey(command),
                 None => return false,
@@ -238,7 +249,7 @@ impl Worker {
                 self.scheduler.forget(&digest);
                 self.disappoint(&digest, &Error::precondition("the adapter was unloaded while it was compiled"));
             }
-            Command::Wake => {}
+            Command::Wake => self.hosting.wake(),
         }
     }
 

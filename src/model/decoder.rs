@@ -160,11 +160,27 @@ impl Decoder {
         if self.config.family.encoder { Ok(self.norm.forward(&hidden)?) } else { Ok(hidden) }
     }
 
+    /// What tokens enter the first layer as, without learned positions: `[tokens, hidden]`.
+    pub fn token_rows(&self, tokens: &[u32]) -> Result<Tensor> {
+        let bare = Embedding { positions: None, ..self.embedding.clone() };
+        let none = Tensor::zeros((0, self.config.hidden_size), candle_core::DType::F32, &Device::Cpu)?;
+        let rows = tokens.iter().map(|id| RowSource::Token(*id)).collect();
+        Ok(embed(&bare, &none, rows, &(0..tokens.len() as u32).collect())?)
+    }
+
     /// The rows `wanted` of the last layer's output, final norm applied.
     pub fn finish(&self, hidden: &Tensor, wanted: &[u32]) -> Result<Tensor> {
         let rows = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
         let hidden = hidden.index_select(&rows, 0)?;
         Ok(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? })
+    }
+
+    /// Bytes that a row's activations take in one layer while its graph is kept.
+    pub fn activation_bytes_per_row(&self) -> usize {
+        let c = &self.config;
+        let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        // Norms, residuals and the layer's input; q, k, v before and after RoPE and apart; what attention gives; up.
+        4 * (6 * c.hidden_size + 3 * (q + 2 * kv) + q + 3 * c.intermediate_size)
     }
 
     /// Prepares a pass over packed sequences.

@@ -59,6 +59,12 @@ impl Call {
         Ok(call)
     }
 
+    /// For a part of this call's work that runs by itself: the same id, arrival and deadline, no log line of its own.
+    pub fn part(&self) -> Call {
+        let (id, span) = (Arc::clone(&self.id), self.span.clone());
+        Call { id, arrival: Instant::now(), deadline: self.deadline, span, work: None, ended: true }
+    }
+
     /// Ends a unary call with its answer or its error.
     pub fn finish<T>(mut self, result: Result<T>) -> Result<Response<T>, Status> {
         match result {

@@ -49,6 +49,12 @@ impl Drain {
         self.state.send_modify(|door| door.closed = true);
     }
 
+    /// Returns once [`Drain::close`] was called.
+    pub async fn closed(&self) {
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = self.state.subscribe().wait_for(|door| door.closed).await;
+    }
+
     /// Returns once no work is left.
     pub async fn idle(&self) {
         // The sender lives in `self`, so the wait cannot fail.

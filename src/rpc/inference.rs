@@ -78,7 +78,11 @@ impl InferenceService for Inference {
 }
 
 impl Inference {
-    async fn generated(&self, call: &Call, message: proto::GenerateRequest) -> Result<proto::GenerateResponse> {
+    pub(super) async fn generated(
+        &self,
+        call: &Call,
+        message: proto::GenerateRequest,
+    ) -> Result<proto::GenerateResponse> {
         let admitted = self.admission.generate(call, message).await?;
         let outcomes = outcome::run(&self.engine, &admitted.who.adapter, admitted.requests).await?;
         let vocabulary = self.vocabulary();
@@ -104,7 +108,7 @@ impl Inference {
         })
     }
 
-    async fn scored(&self, call: &Call, message: proto::ScoreRequest) -> Result<proto::ScoreResponse> {
+    pub(super) async fn scored(&self, call: &Call, message: proto::ScoreRequest) -> Result<proto::ScoreResponse> {
         let Scoring { who, requests, .. } = self.admission.score(call, message).await?;
         let outcomes = outcome::run(&self.engine, &who.adapter, requests).await?;
         let vocabulary = self.vocabulary();
@@ -125,7 +129,11 @@ impl Inference {
         })
     }
 
-    async fn classified(&self, call: &Call, message: proto::ClassifyRequest) -> Result<proto::ClassifyResponse> {
+    pub(super) async fn classified(
+        &self,
+        call: &Call,
+        message: proto::ClassifyRequest,
+    ) -> Result<proto::ClassifyResponse> {
         let Scoring { who, requests, labels } = self.admission.classify(call, message).await?;
         let outcomes = outcome::run(&self.engine, &who.adapter, requests).await?;
         let scores = match outcomes.as_slice() {

@@ -8,7 +8,7 @@ mod jinja;
 use crate::error::{Context as _, Error, Kind, Result};
 use jinja::Raised;
 use minijinja::{ErrorKind, Value, context};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::io::{self, Write};
@@ -24,7 +24,8 @@ const TOKEN_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"];
 
 /// One message of a conversation.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ChatMessage {
     /// `system`, `user`, `assistant`, or what else the template knows.
     pub role: String,

@@ -88,8 +88,9 @@ impl Job {
         self.weights().zip(values).try_for_each(|((_, var), value)| Ok(var.set(value)?))
     }
 
-    /// Everything that a later run needs to go on with the same bits: weights, moments, and `best`, as safetensors.
-    pub fn save(&self, best: Option<&[Tensor]>) -> Result<Vec<u8>> {
+    /// Everything that a later run needs to go on with the same bits: weights, moments, and other values `kept` under
+    /// their names, as safetensors.
+    pub fn save(&self, kept: &BTreeMap<String, Vec<Tensor>>) -> Result<Vec<u8>> {
         let (moments, steps) = self.optimizer.state();
         let mut bytes: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
         let mut put = |name: String, t: &Tensor| -> Result<()> {
@@ -101,8 +102,8 @@ impl Job {
             put(format!("weight.{name}"), var)?;
             put(format!("mean.{name}"), mean)?;
             put(format!("square.{name}"), square)?;
-            if let Some(best) = best.and_then(|best| best.get(i)) {
-                put(format!("best.{name}"), best)?;
+            for (which, values) in kept {
+                put(format!("kept.{which}.{name}"), &values[i])?;
             }
         }
         bytes.insert("steps".into(), (vec![1], (steps as f32).to_le_bytes().to_vec()));
@@ -113,11 +114,11 @@ impl Job {
         safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None).or_kind(Kind::Internal, "checkpoint")
     }
 
-    /// Goes on from [`Job::save`]; returns `best`.
+    /// Goes on from [`Job::save`]; returns the values kept under `names` that are there.
     ///
     /// # Errors
     /// `Internal` where the bytes are not a checkpoint of these weights.
-    pub fn load(&mut self, bytes: &[u8]) -> Result<Option<Vec<Tensor>>> {
+    pub fn load(&mut self, bytes: &[u8], names: &[&str]) -> Result<BTreeMap<String, Vec<Tensor>>> {
         let all = SafeTensors::deserialize(bytes).or_kind(Kind::Internal, "checkpoint")?;
         let read = |name: &str, like: &[usize]| -> Result<Tensor> {
             let view = all.tensor(name).or_kind(Kind::Internal, "checkpoint")?;
@@ -128,18 +129,20 @@ impl Job {
             let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
             Ok(Tensor::from_vec(values, like, &Device::Cpu)?)
         };
-        let (mut moments, mut best) = (Vec::new(), Vec::new());
+        let (mut moments, mut kept) = (Vec::new(), BTreeMap::<String, Vec<Tensor>>::new());
         for (name, var) in weights(&self.encoder, &self.head) {
             var.set(&read(&format!("weight.{name}"), var.dims())?)?;
             moments.push((read(&format!("mean.{name}"), var.dims())?, read(&format!("square.{name}"), var.dims())?));
-            if all.tensor(&format!("best.{name}")).is_ok() {
-                best.push(read(&format!("best.{name}"), var.dims())?);
+            for which in names {
+                let key = format!("kept.{which}.{name}");
+                if all.tensor(&key).is_ok() {
+                    kept.entry((*which).to_owned()).or_default().push(read(&key, var.dims())?);
+                }
             }
         }
         let steps = read("steps", &[1])?.to_vec1::<f32>()?[0];
-        let complete = best.len() == moments.len();
         self.optimizer.resume(moments, steps as i32);
-        Ok(complete.then_some(best))
+        Ok(kept)
     }
 }
 

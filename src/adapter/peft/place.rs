@@ -9,7 +9,7 @@ use crate::tokenizer::Tokenizer;
 /// # Errors
 /// `FailedPrecondition` for a card that asks for what this method or base cannot have, and where prefix and virtual
 /// tokens leave no position to a request; `InvalidArgument` for places of virtual tokens that are not there.
-pub(super) fn placement(
+pub fn placement(
     card: &mut TaskCard,
     method: Method,
     n: usize,

@@ -107,6 +107,23 @@ impl SavedAdapter {
         }
         Ok(SavedAdapter { config, tensors: BTreeMap::new() })
     }
+
+    /// The two files, by name: weights, then config.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a tensor whose bytes are not its shape's.
+    pub fn files(&self) -> Result<[(&'static str, Vec<u8>); 2]> {
+        let views = self.tensors.iter().map(|(name, t)| {
+            let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
+            view.map(|view| (name.as_str(), view)).or_kind(Kind::InvalidArgument, name)
+        });
+        let views: Vec<_> = views.collect::<Result<_>>()?;
+        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let weights = safetensors::serialize(views, Some(format)).or_kind(Kind::InvalidArgument, WEIGHTS_FILE)?;
+        // Sorted keys and two spaces, as PEFT writes it: serde_json's map is sorted.
+        let config = serde_json::to_string_pretty(&self.config).or_kind(Kind::Internal, CONFIG_FILE)?;
+        Ok([(WEIGHTS_FILE, weights), (CONFIG_FILE, config.into_bytes())])
+    }
 }
 
 /// Writes `adapter` into `dir`, made if absent, both files fsynced. A crash may leave one file without the other: give
@@ -117,17 +134,7 @@ impl SavedAdapter {
 /// `Internal` with the path for a fault of the disk.
 pub fn save(dir: &Path, adapter: &SavedAdapter) -> Result<()> {
     fs::create_dir_all(dir).map_err(|e| io_error(dir, &e))?;
-    let views = adapter.tensors.iter().map(|(name, t)| {
-        let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
-        view.map(|view| (name.as_str(), view)).or_kind(Kind::InvalidArgument, name)
-    });
-    let views: Vec<_> = views.collect::<Result<_>>()?;
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let weights = safetensors::serialize(views, Some(format)).or_kind(Kind::InvalidArgument, WEIGHTS_FILE)?;
-    // Sorted keys and two spaces, as PEFT writes it: serde_json's map is sorted.
-    let config = serde_json::to_string_pretty(&adapter.config).or_kind(Kind::Internal, CONFIG_FILE)?;
-    write(&dir.join(WEIGHTS_FILE), &weights)?;
-    write(&dir.join(CONFIG_FILE), config.as_bytes())
+    adapter.files()?.iter().try_for_each(|(name, bytes)| write(&dir.join(name), bytes))
 }
 
 /// Writes a new file to the disk.

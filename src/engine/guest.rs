@@ -1,0 +1,54 @@
+//! When the engine's guest may run: always when nobody waits, a share of the time otherwise.
+use super::Guest;
+use crate::model::Model;
+use std::time::{Duration, Instant};
+
+/// Time that may be saved up or owed: a pause of serving gives no right to a long one of training.
+const MOST_CREDIT: Duration = Duration::from_millis(100);
+
+/// The guest and its account.
+pub struct Hosting {
+    guest: Option<Guest>,
+    /// It said that there is nothing to do, and nobody has woken us since.
+    asleep: bool,
+    /// Seconds that it may take while requests run; below 0 it has taken too much.
+    credit: f64,
+}
+
+impl Hosting {
+    /// Nothing is owed at the start.
+    pub fn new(guest: Option<Guest>) -> Self {
+        Hosting { asleep: guest.is_none(), guest, credit: 0.0 }
+    }
+
+    /// There may be work again.
+    pub fn wake(&mut self) {
+        self.asleep = self.guest.is_none();
+    }
+
+    /// Whether it may have work.
+    pub fn awake(&self) -> bool {
+        !self.asleep
+    }
+
+    /// A step of serving took `time`: the guest's share of it is added to its account.
+    pub fn served(&mut self, time: Duration) {
+        let share = self.guest.as_ref().map_or(0.0, |g| g.share.clamp(0.0, 0.99));
+        self.credit = (self.credit + time.as_secs_f64() * share / (1.0 - share)).min(MOST_CREDIT.as_secs_f64());
+    }
+
+    /// Runs slices: one if nobody waits, else what the account allows.
+    pub fn run(&mut self, model: &Model, busy: bool) {
+        let Some(guest) = &mut self.guest else { return };
+        if !busy {
+            self.asleep = !guest.work.slice(model);
+            self.credit = 0.0;
+            return;
+        }
+        while !self.asleep && self.credit > 0.0 {
+            let began = Instant::now();
+            self.asleep = !guest.work.slice(model);
+            self.credit -= began.elapsed().as_secs_f64();
+        }
+    }
+}

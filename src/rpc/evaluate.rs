@@ -1,0 +1,244 @@
+//! `Evaluate`: a dataset through an adapter and through the bare base, by the same calls that clients make.
+use super::call::Call;
+use super::convert;
+use super::inference::Inference;
+use super::proto::{self, classify_request, continuation, generate_request, score_request};
+use crate::adapter::{Adapter, AdapterId, Registry};
+use crate::error::{Error, Kind, Result};
+use crate::training::dataset::Record;
+use crate::training::metrics;
+use crate::training::settings::TARGET;
+use std::sync::Arc;
+use tokio::task::JoinSet;
+
+/// Examples under way at once: enough to fill a step, few beside the queue of others.
+const AT_ONCE: usize = 32;
+
+/// Examples whose answers are returned.
+const SHOWN: usize = 100;
+
+/// Runs datasets. Cheap to clone.
+#[derive(Clone)]
+pub struct Evaluator {
+    /// Answers.
+    pub inference: Inference,
+    /// Who is in service.
+    pub registry: Arc<Registry>,
+}
+
+/// How one side answers.
+#[derive(Clone)]
+struct Side {
+    adapter_id: String,
+    generation: Option<u64>,
+    task_id: Option<u32>,
+    /// What to choose from, and the names of the choices; `None`: it writes.
+    labels: Option<Labels>,
+    stopping: proto::Stopping,
+    target_template: String,
+}
+
+#[derive(Clone)]
+struct Labels {
+    /// Empty: those of a head.
+    texts: Vec<String>,
+    names: Vec<String>,
+}
+
+/// One answer.
+#[derive(Clone, Default)]
+struct Answer {
+    text: String,
+    /// Sum of log-probabilities of the first target's tokens, and their number.
+    likelihood: Option<(f64, usize)>,
+}
+
+impl Evaluator {
+    /// Answers for every record, and figures.
+    pub async fn evaluate(
+        &self,
+        call: &Call,
+        request: proto::EvaluateRequest,
+        mut data: Vec<Record>,
+    ) -> Result<proto::EvaluateResponse> {
+        let most = if request.max_examples == 0 { data.len() } else { request.max_examples as usize };
+        data.truncate(most);
+        let template = request.target_template.clone().unwrap_or_else(|| TARGET.into());
+        if template.matches(TARGET).count() != 1 {
+            return Err(Error::invalid("target_template", format!("{template:?}"), format!("must hold {TARGET} once")));
+        }
+        let adapter = match request.adapter_id.as_str() {
+            "" => None,
+            id => Some(self.registry.resolve(&AdapterId::parse(id)?)?),
+        };
+        let side = Side::of(adapter.as_deref(), &request, template);
+        let data = Arc::new(data);
+        let answers = self.side(call, &side, &data).await?;
+        let scores = figures(&side, &data, &answers);
+        let base = side.base().filter(|_| adapter.is_some() && !request.skip_base);
+        let (mut base_answers, mut base_scores) = (Vec::new(), None);
+        if let Some(base) = base {
+            base_answers = self.side(call, &base, &data).await?;
+            base_scores = Some(figures(&base, &data, &base_answers));
+        }
+        let shown =
+            data.iter().zip(&answers).enumerate().take(SHOWN).map(|(i, (record, answer))| proto::EvaluatedExample {
+                index: i as u32,
+                prediction: answer.text.clone(),
+                base_prediction: base_answers.get(i).map(|a| a.text.clone()).unwrap_or_default(),
+                target: record.answers().first().map(|t| (*t).to_owned()).unwrap_or_default(),
+            });
+        Ok(proto::EvaluateResponse {
+            request_id: call.id.to_string(),
+            adapter: Some(convert::adapter_ref(&adapter)),
+            examples: data.len() as u32,
+            scores: Some(scores),
+            base_scores,
+            answers: shown.collect(),
+        })
+    }
+
+    /// The answers of one side, in the order of the records. A caller that goes away ends it: its tasks go with the set.
+    async fn side(&self, call: &Call, side: &Side, data: &Arc<Vec<Record>>) -> Result<Vec<Answer>> {
+        let mut answers = vec![Answer::default(); data.len()];
+        let (mut tasks, mut next) = (JoinSet::new(), 0);
+        loop {
+            while next < data.len() && tasks.len() < AT_ONCE {
+                let (this, side, data) = (self.clone(), side.clone(), Arc::clone(data));
+                let (call, index) = (call.part(), next);
+                tasks.spawn(async move { (index, this.answer(&call, &side, &data[index]).await) });
+                next += 1;
+            }
+            match tasks.join_next().await {
+                None => return Ok(answers),
+                Some(Ok((index, answer))) => {
+                    answers[index] = answer.map_err(|e| e.context(format!("example {index}")))?;
+                }
+                Some(Err(e)) => return Err(Error::internal(format!("evaluation: {e}"))),
+            }
+        }
+    }
+
+    /// One record's answer; a full queue is waited for.
+    async fn answer(&self, call: &Call, side: &Side, record: &Record) -> Result<Answer> {
+        loop {
+            match self.try_answer(call, side, record).await {
+                Err(e) if e.kind() == Kind::ResourceExhausted && e.retry_after().is_some() => {
+                    tokio::time::sleep(e.retry_after().unwrap_or_default()).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn try_answer(&self, call: &Call, side: &Side, record: &Record) -> Result<Answer> {
+        let task_id = side.task_id.or(record.task_id.filter(|task| *task > 0));
+        let messages = || proto::Messages {
+            messages: record.messages[..record.messages.len().saturating_sub(1)]
+                .iter()
+                .map(|m| proto::ChatMessage { role: m.role.clone(), content: m.content.clone() })
+                .collect(),
+            add_generation_prompt: Some(true),
+        };
+        let (adapter_id, adapter_generation) = (side.adapter_id.clone(), side.generation);
+        if let Some(labels) = &side.labels {
+            let input = match &record.input {
+                Some(prompt) => classify_request::Input::Prompt(prompt.clone()),
+                None => classify_request::Input::Messages(messages()),
+            };
+            let (input, texts) = (Some(input), labels.texts.clone());
+            let request = proto::ClassifyRequest {
+                adapter_id,
+                adapter_generation,
+                input,
+                labels: texts,
+                task_id,
+                ..Default::default()
+            };
+            let label = self.inference.classified(call, request).await?.label;
+            let name = labels.texts.iter().position(|t| *t == label).and_then(|i| labels.names.get(i));
+            return Ok(Answer { text: name.cloned().unwrap_or(label), likelihood: None });
+        }
+        let (generate, score) = match &record.input {
+            Some(prompt) => {
+                (generate_request::Input::Prompt(prompt.clone()), score_request::Input::Prompt(prompt.clone()))
+            }
+            None => (generate_request::Input::Messages(messages()), score_request::Input::Messages(messages())),
+        };
+        let request = proto::GenerateRequest {
+            adapter_id: adapter_id.clone(),
+            adapter_generation,
+            input: Some(generate),
+            sampling: Some(proto::Sampling { temperature: Some(0.0), ..Default::default() }),
+            stopping: Some(side.stopping.clone()),
+            task_id,
+            ..Default::default()
+        };
+        let text = self.inference.generated(call, request).await?.choices.into_iter().next().map(|c| c.text);
+        let target = record.answers().first().map(|t| side.target_template.replace(TARGET, t)).unwrap_or_default();
+        let request = proto::ScoreRequest {
+            adapter_id,
+            adapter_generation,
+            input: Some(score),
+            continuations: vec![proto::Continuation { content: Some(continuation::Content::Text(target)) }],
+            task_id,
+            ..Default::default()
+        };
+        let scored = self.inference.scored(call, request).await?.scores.into_iter().next();
+        let likelihood = scored.map(|s| (s.logprob, s.tokens.len()));
+        Ok(Answer { text: text.unwrap_or_default(), likelihood })
+    }
+}
+
+impl Side {
+    fn of(adapter: Option<&Adapter>, request: &proto::EvaluateRequest, target_template: String) -> Self {
+        let labels = adapter.filter(|a| a.head.is_some() || !a.card.labels.is_empty()).map(|a| {
+            let head = a.head.is_some();
+            let texts = if head { Vec::new() } else { a.card.verbalizers().to_vec() };
+            Labels { texts: texts.clone(), names: a.card.labels.clone() }
+        });
+        // The bare base ends its answers where the adapter does.
+        let stopping =
+            adapter.map(|a| a.card.stopping()).map_or_else(proto::Stopping::default, |card| proto::Stopping {
+                stop_sequences: card.stop_sequences.clone(),
+                max_new_tokens: card.max_new_tokens.map(|n| n as u32),
+                ..Default::default()
+            });
+        Side {
+            adapter_id: request.adapter_id.clone(),
+            generation: adapter.map(|a| a.generation.0),
+            task_id: request.task_id,
+            labels,
+            stopping,
+            target_template,
+        }
+    }
+
+    /// The bare base doing the same; `None` where a head answers, which it does not have.
+    fn base(&self) -> Option<Self> {
+        let head = self.labels.as_ref().is_some_and(|l| l.texts.is_empty());
+        (!head).then(|| Side { adapter_id: String::new(), generation: None, task_id: None, ..self.clone() })
+    }
+}
+
+fn figures(side: &Side, data: &[Record], answers: &[Answer]) -> proto::EvaluationScores {
+    let predictions: Vec<&str> = answers.iter().map(|a| a.text.trim()).collect();
+    let references: Vec<Vec<&str>> = data.iter().map(|r| r.answers().iter().map(|t| t.trim()).collect()).collect();
+    let exact_match = metrics::exact_match(&predictions, &references);
+    if side.labels.is_some() {
+        let right: Vec<&str> = references.iter().map(|r| r.first().copied().unwrap_or("")).collect();
+        let macro_f1 = Some(metrics::macro_f1(&predictions, &right));
+        return proto::EvaluationScores { exact_match, macro_f1, ..Default::default() };
+    }
+    let rouge = metrics::rouge(&predictions, &references);
+    let (sum, tokens) = answers.iter().filter_map(|a| a.likelihood).fold((0.0, 0), |(s, n), (l, k)| (s + l, n + k));
+    proto::EvaluationScores {
+        exact_match,
+        bleu: Some(metrics::bleu(&predictions, &references)),
+        rouge1: Some(rouge.rouge1),
+        rouge2: Some(rouge.rouge2),
+        rouge_l: Some(rouge.rouge_l),
+        perplexity: (tokens > 0).then(|| metrics::perplexity(-sum, tokens)),
+        ..Default::default()
+    }
+}

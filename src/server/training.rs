@@ -1,0 +1,116 @@
+//! Training, wired: the trainer on the engine's thread, the jobs' journal, the way of a result into the store.
+use crate::config::{Config, TrainingConfig};
+use crate::engine::Guest;
+use crate::engine::loader::AdapterLoader;
+use crate::error::{Context, Kind, Result};
+use crate::model::Model;
+use crate::rpc::datasets::Datasets;
+use crate::rpc::drain::Drain;
+use crate::rpc::evaluate::Evaluator;
+use crate::rpc::inference::Inference;
+use crate::rpc::training::Training;
+use crate::training::jobs::{Base, Jobs, Limits, Trained, Wires};
+use crate::training::journal::Journal;
+use crate::training::trainer::{Bounds, Event, Order, Trainer};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+/// The ends of the trainer's channels, and the base it trains on.
+pub(super) struct Bench {
+    base: Base,
+    orders: Sender<Order>,
+    events: (Sender<Event>, Receiver<Event>),
+}
+
+/// A trainer for the engine's thread.
+pub(super) fn bench(model: &Model, config: &TrainingConfig) -> (Bench, Guest) {
+    let (orders, inbox) = channel();
+    let events = channel();
+    let bounds = Bounds {
+        batch_rows: config.batch_rows,
+        activation_bytes: config.activation_mib << 20,
+        checkpoint_every: Duration::from_secs(config.checkpoint_seconds),
+    };
+    let trainer = Trainer::new(inbox, events.0.clone(), bounds);
+    let base = Base {
+        shape: model.shape(),
+        info: model.info().clone(),
+        tokenizer: model.tokenizer().clone(),
+        chat_template: model.chat_template().clone(),
+        eos: model.eos_token_ids().first().copied(),
+        row_bytes: model.activation_bytes_per_row(),
+    };
+    (Bench { base, orders, events }, Guest { work: Box::new(trainer), share: config.share })
+}
+
+/// The service. `durable`: the adapter store outlives the process, so the jobs do too. A server whose journal another one
+/// has serves all the same, and says so to who wants to train. Blocks.
+pub(super) fn service(
+    bench: Bench,
+    config: &Config,
+    durable: bool,
+    loader: AdapterLoader,
+    inference: Inference,
+    drain: Drain,
+) -> Result<Training> {
+    let dir = config.training.dir.clone();
+    let dir = dir.or_else(|| durable.then(|| loader.store().dir().join(".training")));
+    let journal = match &dir {
+        Some(dir) => open(dir),
+        None => Journal::in_memory(),
+    };
+    let t = &config.training;
+    let limits = Limits {
+        running: t.max_running,
+        queued: t.max_queued,
+        kept: t.kept_jobs,
+        examples: t.max_examples,
+        batch_bytes: t.batch_mib << 20,
+    };
+    let engine = inference.engine.clone();
+    let jobs = journal.and_then(|journal| {
+        let wires = Wires {
+            orders: bench.orders,
+            clerk: bench.events.0,
+            events: bench.events.1,
+            wake: Box::new(move || engine.wake()),
+            publish: publish(loader.clone()),
+        };
+        Jobs::start(bench.base, limits, journal, wires)
+    });
+    if let Err(e) = &jobs {
+        tracing::warn!("no training here: {e}");
+    }
+    // Data that jobs name must last as long as they do; without a place of their own they have the system's.
+    let data = t.data.clone().or(dir.map(|dir| dir.join("datasets")));
+    let data = data.unwrap_or_else(|| std::env::temp_dir().join(format!("prefixd-datasets-{}", std::process::id())));
+    let datasets = Datasets::new(data, t.max_data_bytes, t.max_examples);
+    let evaluator = Evaluator { inference, registry: loader.registry().clone() };
+    Ok(Training { jobs, datasets, loader, evaluator, drain })
+}
+
+fn open(dir: &PathBuf) -> Result<Journal> {
+    std::fs::create_dir_all(dir).or_kind(Kind::FailedPrecondition, dir.display())?;
+    Journal::open(&dir.join("jobs.sqlite"))
+}
+
+/// Puts results into the store through the loader, from the jobs' own thread.
+fn publish(loader: AdapterLoader) -> crate::training::jobs::Publish {
+    let runtime = tokio::runtime::Handle::current();
+    Box::new(move |trained: Trained| {
+        let Trained { adapter_id, files, card, load, pinned } = trained;
+        let mut staging = loader.store().stage(&adapter_id)?;
+        for (name, bytes) in files.files()? {
+            staging.append(name, &bytes)?;
+        }
+        if !card.is_empty() {
+            staging.append("task.toml", card.as_bytes())?;
+        }
+        if !load {
+            return staging.publish().map(|()| 0);
+        }
+        let adapter = runtime.block_on(loader.publish(&adapter_id, staging, pinned))?;
+        Ok(adapter.generation.0)
+    })
+}

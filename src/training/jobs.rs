@@ -1,0 +1,428 @@
+//! The jobs of a server: what a client sees of them, and what survives the process.
+//!
+//! One thread, the [`clerk`], hears the trainer, writes the journal and publishes results; the handle answers from memory.
+mod clerk;
+mod prepare;
+
+use super::dataset::{self, Record};
+use super::journal::{Journal, Row};
+use super::run::{Happened, Report};
+use super::settings::{Settings, TrainMethod};
+use super::trainer::{Event, JobId, Order};
+use crate::adapter::peft::SavedAdapter;
+use crate::adapter::{AdapterId, BaseShape};
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::ModelInfo;
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat::ChatTemplate;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobState {
+    /// Waits for its turn.
+    Queued,
+    /// Trains.
+    Running,
+    /// Trained; its adapter is on the way into the store.
+    Publishing,
+    /// Its adapter is in the store.
+    Succeeded,
+    /// It will not end.
+    Failed,
+    /// Someone ended it.
+    Cancelled,
+}
+
+impl JobState {
+    /// Lower-case name, as in the journal and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            JobState::Queued => "queued",
+            JobState::Running => "running",
+            JobState::Publishing => "publishing",
+            JobState::Succeeded => "succeeded",
+            JobState::Failed => "failed",
+            JobState::Cancelled => "cancelled",
+        }
+    }
+
+    /// What [`JobState::as_str`] wrote; anything else counts as failed.
+    pub fn parse(name: &str) -> Self {
+        use JobState::*;
+        [Queued, Running, Publishing, Succeeded, Cancelled].into_iter().find(|s| s.as_str() == name).unwrap_or(Failed)
+    }
+
+    /// Nothing more will happen.
+    pub fn ended(self) -> bool {
+        matches!(self, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
+    }
+}
+
+/// All that a job was told, but for its data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Spec {
+    /// Checked.
+    pub settings: Settings,
+    /// Text of the adapter's `task.toml`; empty: none.
+    pub card: String,
+    /// Put the adapter in service at the end.
+    pub load: bool,
+    /// Keep it in the KV pool.
+    pub pinned: bool,
+    /// The last so many lines of the data are for evaluation only.
+    pub evaluation_lines: usize,
+    /// Lines that no sequence could hold.
+    pub too_long: usize,
+    /// Examples to learn from, examples to evaluate on.
+    pub examples: (usize, usize),
+    /// Steps of one start.
+    pub steps: usize,
+}
+
+/// What a client asks for.
+pub struct NewJob {
+    /// What to train.
+    pub adapter_id: AdapterId,
+    /// Unchecked.
+    pub settings: Settings,
+    /// Text of the `task.toml`.
+    pub card: String,
+    /// Put the adapter in service at the end.
+    pub load: bool,
+    /// Keep it in the KV pool.
+    pub pinned: bool,
+    /// To learn from.
+    pub data: Vec<Record>,
+    /// To evaluate on, besides `settings.evaluation_share` of the data.
+    pub evaluation: Vec<Record>,
+}
+
+/// A job as a client sees it.
+#[derive(Clone, Debug)]
+pub struct JobStatus {
+    /// Its name.
+    pub id: JobId,
+    /// What it trains.
+    pub adapter_id: AdapterId,
+    /// What it was told.
+    pub spec: Arc<Spec>,
+    /// Where it is.
+    pub state: JobState,
+    /// Why it failed.
+    pub error: String,
+    /// Under which its adapter came into service; 0: it has not.
+    pub generation: u64,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// When it ended.
+    pub ended_at: Option<SystemTime>,
+    /// Which start of several, and its steps done.
+    pub at: (usize, usize),
+    /// The last step's report.
+    pub last_step: Option<Report>,
+    /// The last evaluation's.
+    pub last_evaluation: Option<Report>,
+}
+
+/// A finished adapter on its way into the store.
+pub struct Trained {
+    /// Its name.
+    pub adapter_id: AdapterId,
+    /// PEFT's files.
+    pub files: SavedAdapter,
+    /// Text of the `task.toml`; empty: none.
+    pub card: String,
+    /// Put it in service.
+    pub load: bool,
+    /// Keep it in the KV pool.
+    pub pinned: bool,
+}
+
+/// Puts a finished adapter into the store and, if asked, in service; returns its generation, 0 if not in service. Blocks.
+pub type Publish = Box<dyn Fn(Trained) -> Result<u64> + Send>;
+
+/// The base that jobs train on.
+pub struct Base {
+    /// What adapters must agree with.
+    pub shape: BaseShape,
+    /// Its facts.
+    pub info: ModelInfo,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// How it words conversations; else why it cannot.
+    pub chat_template: Result<ChatTemplate>,
+    /// The token that ends a text.
+    pub eos: Option<u32>,
+    /// Bytes of activations that a row takes in a layer.
+    pub row_bytes: usize,
+}
+
+/// What joins the jobs to the thread that trains and to the store.
+pub struct Wires {
+    /// To the trainer.
+    pub orders: Sender<Order>,
+    /// What the trainer speaks into.
+    pub clerk: Sender<Event>,
+    /// The other end of it.
+    pub events: Receiver<Event>,
+    /// Has the trainer look at its orders.
+    pub wake: Box<dyn Fn() + Send + Sync>,
+    /// Puts results into the store.
+    pub publish: Publish,
+}
+
+/// How many jobs, and how large.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// In training at once.
+    pub running: usize,
+    /// Waiting.
+    pub queued: usize,
+    /// Ended ones that are remembered.
+    pub kept: usize,
+    /// Examples of one job.
+    pub examples: usize,
+    /// Bytes of activations that the largest batch of a job may take.
+    pub batch_bytes: usize,
+}
+
+/// The handle. Cheap to clone.
+#[derive(Clone)]
+pub struct Jobs {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    base: Base,
+    limits: Limits,
+    journal: Mutex<Journal>,
+    jobs: Mutex<BTreeMap<JobId, Entry>>,
+    orders: Mutex<Sender<Order>>,
+    clerk: Mutex<Sender<Event>>,
+    /// Tells the thread that trains to look at its orders.
+    wake: Box<dyn Fn() + Send + Sync>,
+}
+
+struct Entry {
+    row: Row,
+    adapter_id: AdapterId,
+    spec: Arc<Spec>,
+    reports: Vec<Report>,
+    /// Of `reports`, those that are on disk.
+    persisted: usize,
+    changed: watch::Sender<u64>,
+}
+
+impl Jobs {
+    /// Reads the journal and goes on with what had not ended.
+    ///
+    /// # Errors
+    /// `Internal` for a journal that cannot be read.
+    pub fn start(base: Base, limits: Limits, journal: Journal, wires: Wires) -> Result<Self> {
+        let Wires { orders, clerk, events, wake, publish } = wires;
+        let mut jobs = BTreeMap::new();
+        for mut row in journal.jobs()? {
+            let spec: Spec = serde_json::from_str(&row.spec).or_kind(Kind::Internal, "training job")?;
+            let reports = journal.reports(&row.id)?;
+            if !row.state.ended() {
+                row.state = JobState::Queued;
+            }
+            let persisted = reports.len();
+            let adapter_id = AdapterId::parse(&row.adapter_id)?;
+            let (spec, changed) = (Arc::new(spec), watch::Sender::new(0));
+            let entry = Entry { row, adapter_id, spec, reports, persisted, changed };
+            jobs.insert(JobId::from(entry.row.id.as_str()), entry);
+        }
+        let inner = Arc::new(Inner {
+            base,
+            limits,
+            journal: Mutex::new(journal),
+            jobs: Mutex::new(jobs),
+            orders: Mutex::new(orders),
+            clerk: Mutex::new(clerk),
+            wake,
+        });
+        let work = Arc::clone(&inner);
+        let thread = std::thread::Builder::new().name("prefixd-jobs".into());
+        thread.spawn(move || work.listen(&events, &publish)).map_err(|e| Error::internal(format!("jobs: {e}")))?;
+        inner.look();
+        Ok(Jobs { inner })
+    }
+
+    /// Checks a job, writes it down and queues it. Blocks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field, or the lines of the data; `FailedPrecondition` for what this base cannot train;
+    /// `ResourceExhausted` when too many jobs wait, when a batch would not fit into memory, or the disk is full.
+    pub fn create(&self, new: NewJob) -> Result<JobStatus> {
+        let inner = &self.inner;
+        let waiting = inner.lock().values().filter(|e| !e.row.state.ended()).count();
+        if waiting >= inner.limits.queued + inner.limits.running {
+            let text = format!("{waiting} training jobs have not ended, the limit");
+            return Err(Error::exhausted(text, Some(Duration::from_secs(10))));
+        }
+        let mut settings = new.settings.checked(inner.base.info.max_model_len)?;
+        let max = inner.limits.examples;
+        let mut data = dataset::check(new.data, max)?;
+        let evaluation_lines = new.evaluation.len();
+        if evaluation_lines > 0 {
+            data.extend(dataset::check(new.evaluation, max)?);
+        }
+        if settings.method == TrainMethod::MultitaskPromptTuning && settings.num_tasks == 0 {
+            settings.num_tasks = data.iter().filter_map(|r| r.task_id).max().map_or(1, |most| most as usize + 1);
+        }
+        let card = prepare::with_labels(new.card, &settings, &data)?;
+        let (load, pinned) = (new.load, new.pinned);
+        let mut spec = Spec { settings, card, load, pinned, evaluation_lines, too_long: 0, examples: (0, 0), steps: 0 };
+        let (plan, too_long) = inner.plan(&spec, &data)?;
+        inner.check_memory(&plan)?;
+        (spec.too_long, spec.examples, spec.steps) =
+            (too_long, (plan.train.len(), plan.evaluation.len()), plan.steps());
+        let lines: Vec<String> =
+            data.iter().map(|r| serde_json::to_string(r).or_kind(Kind::Internal, "data")).collect::<Result<_>>()?;
+        let row = Row {
+            id: format!("job-{:012x}-{:06x}", micros(), rand::random::<u32>() >> 8),
+            created_at: micros(),
+            ended_at: None,
+            adapter_id: new.adapter_id.to_string(),
+            spec: serde_json::to_string(&spec).or_kind(Kind::Internal, "settings")?,
+            base: inner.base.name(),
+            state: JobState::Queued,
+            error: String::new(),
+            generation: 0,
+            progress: None,
+        };
+        inner.prune()?;
+        inner.journal().create(&row, &lines.join("\n"))?;
+        let id = JobId::from(row.id.as_str());
+        let (adapter_id, spec, changed) = (new.adapter_id, Arc::new(spec), watch::Sender::new(0));
+        let entry = Entry { row, adapter_id, spec, reports: Vec::new(), persisted: 0, changed };
+        let status = entry.status();
+        inner.lock().insert(id, entry);
+        inner.look();
+        Ok(status)
+    }
+
+    /// One job.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn get(&self, id: &str) -> Result<JobStatus> {
+        self.inner.lock().get(id).map(Entry::status).ok_or_else(|| unknown(id))
+    }
+
+    /// All jobs, oldest first.
+    pub fn list(&self) -> Vec<JobStatus> {
+        self.inner.lock().values().map(Entry::status).collect()
+    }
+
+    /// Reports from number `from` on, the job as it is after them, and what tells of a change.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn reports(&self, id: &str, from: usize) -> Result<(Vec<Report>, JobStatus, watch::Receiver<u64>)> {
+        let jobs = self.inner.lock();
+        let entry = jobs.get(id).ok_or_else(|| unknown(id))?;
+        let reports = entry.reports.get(from..).unwrap_or_default().to_vec();
+        Ok((reports, entry.status(), entry.changed.subscribe()))
+    }
+
+    /// Ends a job without a result. Blocks on the disk.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` for one that has ended, or whose adapter is being published.
+    pub fn cancel(&self, id: &str) -> Result<JobStatus> {
+        let state = self.get(id)?.state;
+        if state.ended() || state == JobState::Publishing {
+            return Err(Error::precondition(format!("job `{id}` is {}, there is nothing to cancel", state.as_str())));
+        }
+        self.inner.end(id, JobState::Cancelled, "", 0);
+        // The trainer may have dropped it already.
+        let _ = self.inner.orders.lock().unwrap_or_else(PoisonError::into_inner).send(Order::Cancel(id.into()));
+        (self.inner.wake)();
+        self.inner.look();
+        self.get(id)
+    }
+}
+
+impl Entry {
+    fn status(&self) -> JobStatus {
+        let last = |step: bool| {
+            let is = |r: &&Report| matches!(r.what, Happened::Step { .. }) == step;
+            self.reports.iter().rev().find(is).cloned()
+        };
+        let at = |micros: i64| UNIX_EPOCH + Duration::from_micros(micros.max(0) as u64);
+        let last_step = last(true);
+        JobStatus {
+            id: self.row.id.as_str().into(),
+            adapter_id: self.adapter_id.clone(),
+            spec: Arc::clone(&self.spec),
+            state: self.row.state,
+            error: self.row.error.clone(),
+            generation: self.row.generation,
+            created_at: at(self.row.created_at),
+            ended_at: self.row.ended_at.map(at),
+            at: last_step.as_ref().map_or((0, 0), |r| (r.restart, r.step)),
+            last_step,
+            last_evaluation: last(false),
+        }
+    }
+
+    fn change(&mut self) {
+        self.changed.send_modify(|n| *n += 1);
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<JobId, Entry>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the clerk see what may start.
+    fn look(&self) {
+        // Without a clerk the server is at its end.
+        let _ = self.clerk.lock().unwrap_or_else(PoisonError::into_inner).send(Event::Look);
+    }
+
+    /// Forgets the oldest jobs that have ended.
+    fn prune(&self) -> Result<()> {
+        let old: Vec<String> = {
+            let jobs = self.lock();
+            let mut ended: Vec<_> = jobs.values().filter(|e| e.row.state.ended()).collect();
+            ended.sort_by_key(|e| e.row.created_at);
+            let surplus = ended.len().saturating_sub(self.limits.kept.saturating_sub(1));
+            ended.into_iter().take(surplus).map(|e| e.row.id.clone()).collect()
+        };
+        for id in old {
+            self.journal().delete(&id)?;
+            self.lock().remove(id.as_str());
+        }
+        Ok(())
+    }
+}
+
+impl Base {
+    /// What a job is tied to: a resumed one must find the same base.
+    fn name(&self) -> String {
+        let i = &self.info;
+        format!("{} ({}, {} parameters, {})", i.name, i.family, i.num_parameters, i.dtype)
+    }
+}
+
+fn unknown(id: &str) -> Error {
+    Error::not_found(format!("training job `{id}` is not known"))
+}
+
+fn micros() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as i64)
+}

@@ -1,0 +1,127 @@
+//! From a job's data to the plan of its run.
+use super::{Inner, Spec};
+use crate::adapter::{InputRow, TaskCard};
+use crate::error::{Context, Error, Kind, Result};
+use crate::training::dataset::{Encoder, Record};
+use crate::training::job::Placement;
+use crate::training::run::{Plan, shuffle};
+use crate::training::settings::{Init, Settings, TrainMethod};
+use crate::training::step::Example;
+use std::collections::HashSet;
+
+impl Inner {
+    /// Encodes the data, and parts it. Also: how many records are too long.
+    pub(super) fn plan(&self, spec: &Spec, data: &[Record]) -> Result<(Plan, usize)> {
+        let (settings, base) = (&spec.settings, &self.base);
+        let card = if spec.card.is_empty() { TaskCard::default() } else { TaskCard::parse(&spec.card)? };
+        let encoder = Encoder::new(settings, card, &base.shape, &base.tokenizer, &base.chat_template, base.eos)?;
+        let (train, own) = data.split_at(data.len().saturating_sub(spec.evaluation_lines));
+        let mut all = encoder.encode(train)?;
+        let mut too_long = all.too_long;
+        let mut evaluation = Vec::new();
+        if !own.is_empty() {
+            let own = encoder.encode(own)?;
+            too_long += own.too_long;
+            evaluation = own.examples;
+        }
+        let apart = (all.examples.len() as f64 * settings.evaluation_share).round() as usize;
+        if settings.evaluation_share > 0.0 && (apart == 0 || apart >= all.examples.len()) {
+            let rule = format!("of {} examples leaves none on one side", all.examples.len());
+            return Err(Error::invalid("settings.evaluation_share", settings.evaluation_share, rule));
+        }
+        if apart > 0 {
+            let mut order: Vec<usize> = (0..all.examples.len()).collect();
+            shuffle(&mut order, settings.seed ^ 0x7370_6c69_74);
+            let chosen: HashSet<usize> = order[..apart].iter().copied().collect();
+            let (mut rest, mut i) = (Vec::new(), 0..);
+            for example in all.examples.drain(..) {
+                let to = if chosen.contains(&i.next().unwrap_or(0)) { &mut evaluation } else { &mut rest };
+                to.push(example);
+            }
+            all.examples = rest;
+        }
+        if settings.early_stopping_patience > 0 && evaluation.is_empty() {
+            let rule = "but there is nothing to evaluate on: set `settings.evaluation_share`, or give `evaluation`";
+            return Err(Error::invalid("settings.early_stopping_patience", settings.early_stopping_patience, rule));
+        }
+        let tasks = if settings.method == TrainMethod::MultitaskPromptTuning { settings.num_tasks.max(1) } else { 1 };
+        if let Some(bad) = all.examples.iter().chain(&evaluation).find(|e| e.task >= tasks) {
+            return Err(Error::invalid("task_id", bad.task, format!("the job has {tasks} tasks, counted from 0")));
+        }
+        let placement = match () {
+            () if settings.method.method().is_kv() => Placement::Stored,
+            () if encoder.placement.among_rows => Placement::AmongRows,
+            () => Placement::VirtualTokens,
+        };
+        let ids = |rows: &[InputRow]| -> Vec<u32> {
+            rows.iter().filter_map(|r| if let InputRow::Token(id) = r { Some(*id) } else { None }).collect()
+        };
+        // Text after stored rows is part of each sequence already.
+        let after = if placement == Placement::Stored { Vec::new() } else { ids(&encoder.placement.after) };
+        let labels = if settings.classification_head { encoder.card().labels.len() } else { 0 };
+        let init_text = self.init_text(settings, &all.examples, &ids)?;
+        let plan = Plan {
+            settings: settings.clone(),
+            placement,
+            before: ids(&encoder.placement.before),
+            after,
+            init_text,
+            labels,
+            train: all.examples,
+            evaluation,
+        };
+        Ok((plan, too_long))
+    }
+
+    /// Tokens of [`Init::Text`]: the given text, or the first examples, inputs and targets as they are.
+    fn init_text(
+        &self,
+        settings: &Settings,
+        examples: &[Example],
+        ids: &dyn Fn(&[InputRow]) -> Vec<u32>,
+    ) -> Result<Vec<u32>> {
+        if settings.init != Init::Text {
+            return Ok(Vec::new());
+        }
+        if settings.init_text.is_empty() {
+            let n = settings.num_virtual_tokens;
+            return Ok(examples.iter().flat_map(|e| ids(&e.rows)).take(n).collect());
+        }
+        // K and V of a text are those of a text with its BOS; as virtual tokens the words alone count.
+        self.base.tokenizer.encode(&settings.init_text, settings.method == TrainMethod::PrefixTuning)
+    }
+
+    /// Refuses a batch that memory could not hold even with every layer computed again.
+    pub(super) fn check_memory(&self, plan: &Plan) -> Result<()> {
+        let mut lengths: Vec<usize> = plan.train.iter().map(|e| e.rows.len()).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        let size = plan.settings.batch_size;
+        // Batches go round and round: a small dataset fills a large batch with copies.
+        let rows: usize = lengths.iter().cycle().take(size).sum();
+        let bytes = rows.saturating_mul(self.base.row_bytes);
+        if bytes > self.limits.batch_bytes {
+            let (mib, limit) = (bytes >> 20, self.limits.batch_bytes >> 20);
+            let text = format!(
+                "`settings.batch_size` is {size}: the longest examples make {rows} rows, a layer of which takes {mib} MiB, \
+                 at most {limit} (training.batch_mib); take a smaller one and `accumulation_steps`"
+            );
+            return Err(Error::exhausted(text, None));
+        }
+        Ok(())
+    }
+}
+
+/// The card with the data's labels, where a head is trained and the card names none.
+pub fn with_labels(card: String, settings: &Settings, data: &[Record]) -> Result<String> {
+    let parsed = if card.is_empty() { TaskCard::default() } else { TaskCard::parse(&card)? };
+    if !settings.classification_head || !parsed.labels.is_empty() {
+        return Ok(card);
+    }
+    let mut labels: Vec<&str> = data.iter().filter_map(|r| r.answers().first().copied()).collect();
+    labels.sort_unstable();
+    labels.dedup();
+    let mut table: toml::Table = card.parse().or_kind(Kind::InvalidArgument, "task.toml")?;
+    let labels = labels.into_iter().map(|l| toml::Value::from(l.to_owned())).collect();
+    table.insert("labels".into(), toml::Value::Array(labels));
+    toml::to_string(&table).or_kind(Kind::Internal, "task.toml")
+}

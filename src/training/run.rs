@@ -1,0 +1,354 @@
+//! One job from its first step to its last: which examples, at what rate, evaluated when, started again how often.
+//!
+//! What happens next depends on the settings, the data and [`Progress`] alone, so a run that goes on from a checkpoint ends
+//! with the bits of one that was never disturbed.
+use super::init;
+use super::job::{Job, Placement};
+use super::settings::{Init, Settings};
+use super::step::{Example, Outcome, Work};
+use crate::error::{Error, Kind, Result};
+use crate::model::Model;
+use candle_core::Tensor;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// All that a run is made of, checked and encoded.
+#[derive(Debug)]
+pub struct Plan {
+    /// Checked.
+    pub settings: Settings,
+    /// The virtual tokens' places and the card's texts.
+    pub placement: Placement,
+    /// Text before virtual tokens.
+    pub before: Vec<u32>,
+    /// Text after them, of all sequences.
+    pub after: Vec<u32>,
+    /// Tokens of [`Init::Text`].
+    pub init_text: Vec<u32>,
+    /// Classes of a head; 0: none is trained.
+    pub labels: usize,
+    /// To learn from.
+    pub train: Vec<Example>,
+    /// To evaluate on.
+    pub evaluation: Vec<Example>,
+}
+
+/// Where a run is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Which start of several, from 0.
+    pub restart: usize,
+    /// Steps done since that start.
+    pub step: usize,
+    /// The last step that was evaluated.
+    evaluated: Option<usize>,
+    /// Evaluations since the best one of this start.
+    without_gain: usize,
+    /// Loss of the best weights of this start, and its step.
+    best: Option<(f64, usize)>,
+    /// Loss of the best start so far.
+    champion: Option<f64>,
+    /// Loss of the last step.
+    last_loss: Option<f64>,
+    /// Rows that the model ran in training.
+    pub rows: u64,
+    /// All steps of all starts are done.
+    pub done: bool,
+}
+
+/// What happened in a step or an evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Which start of several, from 0.
+    pub restart: usize,
+    /// Steps done.
+    pub step: usize,
+    /// What of.
+    pub what: Happened,
+}
+
+/// See [`Report`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Happened {
+    /// A step of the optimiser.
+    Step {
+        /// Mean over the step's targets, before the step.
+        loss: f64,
+        /// Used in it.
+        learning_rate: f64,
+        /// Before clipping.
+        gradient_norm: f64,
+        /// Rows run for the job a second, of the time that its batches took.
+        tokens_per_second: f64,
+    },
+    /// The evaluation examples were run.
+    Evaluation {
+        /// Mean over their targets.
+        loss: f64,
+        /// Share of targets that greedy decoding would choose.
+        token_accuracy: f64,
+        /// Share of examples that it would get right to the last token.
+        exact_match: f64,
+    },
+}
+
+/// One job under way.
+pub struct Run {
+    plan: Arc<Plan>,
+    job: Job,
+    progress: Progress,
+    /// Weights that may become the result: the best of this start, the best start's.
+    kept: BTreeMap<String, Vec<Tensor>>,
+    /// Of the batches of the step or evaluation at hand.
+    so_far: Outcome,
+    /// Batches done of it.
+    batches: usize,
+    spent: Duration,
+}
+
+const BEST: &str = "best";
+const CHAMPION: &str = "champion";
+
+/// The examples of a batch: indices, and what they are for.
+struct Batch {
+    examples: Vec<usize>,
+    evaluation: bool,
+    divisor: usize,
+}
+
+impl Run {
+    /// A run at its start, or where `checkpoint` left it: its progress and its bytes.
+    pub fn new(model: &Model, plan: Arc<Plan>, checkpoint: Option<(Progress, &[u8])>) -> Result<Self> {
+        let restart = checkpoint.as_ref().map_or(0, |(progress, _)| progress.restart);
+        let mut job = start(model, &plan, restart)?;
+        let (mut progress, mut kept) = (Progress::default(), BTreeMap::new());
+        if let Some((at, bytes)) = checkpoint {
+            (progress, kept) = (at, job.load(bytes, &[BEST, CHAMPION])?);
+        }
+        let (so_far, batches, spent) = Default::default();
+        Ok(Run { plan, job, progress, kept, so_far, batches, spent })
+    }
+
+    /// Where it is.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// The job's present weights; once the run is done, the result's.
+    pub fn job(&self) -> &Job {
+        &self.job
+    }
+
+    /// Its settings and data.
+    pub fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// The state after the last step, to go on from later.
+    pub fn save(&self) -> Result<Vec<u8>> {
+        self.job.save(&self.kept)
+    }
+
+    /// What to run next; `None` when all is done.
+    pub fn work(&self) -> Option<Work<'_>> {
+        if self.progress.done {
+            return None;
+        }
+        let batch = self.batch();
+        let all = if batch.evaluation { &self.plan.evaluation } else { &self.plan.train };
+        let examples = batch.examples.iter().map(|i| &all[*i]).collect();
+        Some(Work { job: &self.job, examples, divisor: batch.divisor, train: !batch.evaluation })
+    }
+
+    /// Takes in what the work came to; `spent` is this job's share of the time. Reports what has ended with it.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` for a loss or gradient that is not finite: the run is over.
+    pub fn take(&mut self, model: &Model, outcome: Outcome, spent: Duration) -> Result<Option<Report>> {
+        let evaluation = self.evaluating();
+        let settings = &self.plan.settings;
+        self.batches += 1;
+        self.spent += spent;
+        let sum = &mut self.so_far;
+        sum.nll += outcome.nll;
+        sum.targets += outcome.targets;
+        sum.greedy += outcome.greedy;
+        sum.exact += outcome.exact;
+        sum.examples += outcome.examples;
+        sum.rows += outcome.rows;
+        sum.gradients = match (sum.gradients.take(), outcome.gradients) {
+            (Some(sum), Some(more)) => {
+                Some(sum.iter().zip(&more).map(|(a, b)| Ok((a + b)?)).collect::<Result<Vec<_>>>()?)
+            }
+            (sum, more) => sum.or(more),
+        };
+        let batches = match evaluation {
+            true => self.plan.evaluation.len().div_ceil(settings.batch_size),
+            false => settings.accumulation_steps,
+        };
+        if self.batches < batches {
+            return Ok(None);
+        }
+        let out = std::mem::take(&mut self.so_far);
+        let spent = std::mem::take(&mut self.spent);
+        self.batches = 0;
+        let loss = out.nll / out.targets.max(1) as f64;
+        let (restart, step) = (self.progress.restart, self.progress.step);
+        if !loss.is_finite() {
+            let rate = self.learning_rate();
+            let text = format!("the loss of step {step} is {loss}: lower the learning rate (now {rate:.1e})");
+            return Err(Error::precondition(text));
+        }
+        if evaluation {
+            let report = Happened::Evaluation {
+                loss,
+                token_accuracy: out.greedy as f64 / out.targets.max(1) as f64,
+                exact_match: out.exact as f64 / out.examples.max(1) as f64,
+            };
+            self.evaluated(model, loss)?;
+            return Ok(Some(Report { restart, step, what: report }));
+        }
+        let learning_rate = self.learning_rate();
+        let gradients = out.gradients.unwrap_or_default();
+        let gradient_norm = self.job.update(&gradients, learning_rate)?;
+        if !gradient_norm.is_finite() {
+            let text = format!("the gradient of step {step} is {gradient_norm}: lower the learning rate");
+            return Err(Error::precondition(text));
+        }
+        self.progress.step += 1;
+        self.progress.rows += out.rows as u64;
+        self.progress.last_loss = Some(loss);
+        if self.finished() && !self.evaluating() {
+            self.end_of_start(model)?;
+        }
+        let tokens_per_second = out.rows as f64 / spent.as_secs_f64().max(1e-9);
+        let what = Happened::Step { loss, learning_rate, gradient_norm, tokens_per_second };
+        Ok(Some(Report { restart, step: step + 1, what }))
+    }
+
+    /// Steps of one start.
+    pub fn steps(&self) -> usize {
+        self.plan.steps()
+    }
+
+    fn finished(&self) -> bool {
+        self.progress.step >= self.steps()
+    }
+
+    /// Whether what comes next is an evaluation.
+    fn evaluating(&self) -> bool {
+        let (p, every) = (&self.progress, self.plan.settings.evaluation_interval);
+        let due = every > 0 && p.step > 0 && p.step.is_multiple_of(every) || self.finished();
+        !self.plan.evaluation.is_empty() && due && p.evaluated != Some(p.step)
+    }
+
+    fn learning_rate(&self) -> f64 {
+        let s = &self.plan.settings;
+        s.learning_rate * s.schedule.share(self.progress.step, s.warmup_steps, self.steps())
+    }
+
+    fn batch(&self) -> Batch {
+        let s = &self.plan.settings;
+        let (size, from) = (s.batch_size, self.batches * s.batch_size);
+        if self.evaluating() {
+            let examples = (from..self.plan.evaluation.len().min(from + size)).collect();
+            return Batch { examples, evaluation: true, divisor: 1 };
+        }
+        let of_step = size * s.accumulation_steps;
+        let first = self.progress.step * of_step;
+        let chosen: Vec<usize> = self.order(first, of_step);
+        let divisor = chosen.iter().map(|i| self.job.targets(&self.plan.train[*i])).sum();
+        Batch { examples: chosen[from..from + size].to_vec(), evaluation: false, divisor }
+    }
+
+    /// Examples `first..first + count` of the endless order: each epoch is a permutation of its own.
+    fn order(&self, first: usize, count: usize) -> Vec<usize> {
+        let n = self.plan.train.len();
+        let seed = seed(&self.plan.settings, self.progress.restart);
+        let mut epoch: (usize, Vec<usize>) = (usize::MAX, Vec::new());
+        let pick = |at: usize| {
+            if epoch.0 != at / n {
+                let mut all: Vec<usize> = (0..n).collect();
+                shuffle(&mut all, seed ^ ((at / n) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                epoch = (at / n, all);
+            }
+            epoch.1[at % n]
+        };
+        (first..first + count).map(pick).collect()
+    }
+
+    fn evaluated(&mut self, model: &Model, loss: f64) -> Result<()> {
+        let p = &mut self.progress;
+        p.evaluated = Some(p.step);
+        if p.best.is_none_or(|(best, _)| loss < best) {
+            p.best = Some((loss, p.step));
+            p.without_gain = 0;
+            self.kept.insert(BEST.into(), self.job.values()?);
+        } else {
+            p.without_gain += 1;
+        }
+        let patience = self.plan.settings.early_stopping_patience;
+        let patient = patience == 0 || self.progress.without_gain < patience;
+        if self.finished() || !patient { self.end_of_start(model) } else { Ok(()) }
+    }
+
+    /// A start has come to its end: the weights that it leaves, and the next one or the result.
+    fn end_of_start(&mut self, model: &Model) -> Result<()> {
+        if let Some(best) = self.kept.remove(BEST) {
+            self.job.set_values(&best)?;
+        }
+        let loss = self.progress.best.map(|(loss, _)| loss).or(self.progress.last_loss).unwrap_or(f64::INFINITY);
+        if self.progress.champion.is_none_or(|best| loss < best) {
+            self.progress.champion = Some(loss);
+            self.kept.insert(CHAMPION.into(), self.job.values()?);
+        }
+        let next = self.progress.restart + 1;
+        if next < self.plan.settings.restarts {
+            self.job = start(model, &self.plan, next)?;
+            let (champion, rows) = (self.progress.champion, self.progress.rows);
+            self.progress = Progress { restart: next, champion, rows, ..Progress::default() };
+            return Ok(());
+        }
+        if let Some(champion) = self.kept.remove(CHAMPION) {
+            self.job.set_values(&champion)?;
+        }
+        self.progress.done = true;
+        Ok(())
+    }
+}
+
+impl Plan {
+    /// Steps of one start.
+    pub fn steps(&self) -> usize {
+        self.settings.steps(self.train.len())
+    }
+}
+
+/// The job of a start, before its first step.
+fn start(model: &Model, plan: &Plan, restart: usize) -> Result<Job> {
+    let seed = seed(&plan.settings, restart);
+    if plan.settings.init == Init::Text && plan.init_text.is_empty() {
+        return Err(Error::new(Kind::InvalidArgument, "`settings.init_text` has no token"));
+    }
+    let encoder = init::encoder(model, &plan.settings, seed, &plan.init_text)?;
+    let head = if plan.labels > 0 { Some(init::head(model, plan.labels, seed)?) } else { None };
+    let mut job = Job::with_head(encoder, head, plan.placement, plan.settings.optimizer())?;
+    (job.before, job.after) = (plan.before.clone(), plan.after.clone());
+    Ok(job)
+}
+
+fn seed(settings: &Settings, restart: usize) -> u64 {
+    settings.seed.wrapping_add(restart as u64)
+}
+
+/// Fisher and Yates's shuffle, from `seed`.
+pub fn shuffle(all: &mut [usize], seed: u64) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    for i in (1..all.len()).rev() {
+        all.swap(i, rng.random_range(0..=i));
+    }
+}
