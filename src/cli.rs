@@ -11,6 +11,7 @@ mod json;
 mod score;
 mod serve;
 mod terminal;
+mod train;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -55,6 +56,13 @@ enum Command {
     /// List, load, upload, unload and convert adapters.
     #[command(subcommand)]
     Adapters(adapters::Adapters),
+    /// Train an adapter on the server, and put it in service.
+    Train(Box<train::Train>),
+    /// List, watch and cancel training jobs.
+    #[command(subcommand)]
+    Jobs(train::Jobs),
+    /// Run a dataset through an adapter and the bare base, and compare answers with targets.
+    Eval(train::Eval),
     /// The model, the limits and the version of a server.
     Info(info::Info),
     /// What a server is doing now.
@@ -84,6 +92,9 @@ impl Cli {
             Command::Classify(classify) => classify.run(&terminal).await,
             Command::Tokenize(tokenize) => tokenize.run(&terminal).await,
             Command::Adapters(adapters) => adapters.run(&terminal).await,
+            Command::Train(train) => train.run(&terminal).await,
+            Command::Jobs(jobs) => jobs.run(&terminal).await,
+            Command::Eval(eval) => eval.run(&terminal).await,
             Command::Info(info) => info.run(&terminal).await,
             Command::Stats(stats) => stats.run(&terminal).await,
         }

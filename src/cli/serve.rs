@@ -44,6 +44,8 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     watch: bool,
+    #[command(flatten)]
+    training: Training,
     /// auto, cpu or cuda:N.
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -58,6 +60,23 @@ struct Settings {
     drain_seconds: Option<u64>,
     #[command(flatten)]
     engine: Engine,
+}
+
+#[derive(Debug, Args, Serialize)]
+#[command(next_help_heading = "Training")]
+struct Training {
+    /// Of the time while requests run, so much may go to training [default: 0.3]; it takes everything when idle.
+    #[arg(long = "training-share", value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    share: Option<f64>,
+    /// Where training jobs are kept [default: .training in the adapter store].
+    #[arg(long = "training-dir", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dir: Option<PathBuf>,
+    /// Folder of datasets, NAME.jsonl [default: datasets in the training folder].
+    #[arg(long = "data", value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<PathBuf>,
 }
 
 #[derive(Debug, Args, Serialize)]
@@ -97,10 +116,8 @@ impl Serve {
     pub async fn run(self, terminal: &Terminal) -> Result<(), Failure> {
         let mut given = serde_json::to_value(&self.settings).map_err(|e| Failure::local(e.to_string()))?;
         // An empty group must not hide one that the file fills.
-        if let Some(settings) = given.as_object_mut()
-            && settings["engine"].as_object().is_some_and(serde_json::Map::is_empty)
-        {
-            settings.remove("engine");
+        if let Some(settings) = given.as_object_mut() {
+            settings.retain(|_, group| !group.as_object().is_some_and(serde_json::Map::is_empty));
         }
         let config = Config::read(self.config.as_deref(), given).map_err(Failure::Usage)?;
         // Before the model: a port that is taken is told at once.
