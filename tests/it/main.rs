@@ -9,6 +9,7 @@ mod drain;
 mod fuzz;
 mod hot_load;
 mod invariance;
+mod jobs;
 mod kinds;
 mod layers;
 mod model_files;

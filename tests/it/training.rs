@@ -6,7 +6,7 @@ use prefixd::config::DtypeChoice;
 use prefixd::model::Model;
 use prefixd::model::packed::Activations;
 use prefixd::training::{
-    AdamWConfig, EncoderKind, Example, Goal, Job, Outcome, Placement, PromptEncoder, Schedule, Step, Work,
+    AdamWConfig, EncoderKind, Example, Goal, Job, Outcome, Placement, PromptEncoder, Schedule, Step, TrainedHead, Work,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -35,7 +35,10 @@ impl Run {
     }
 
     fn job(&self) -> Job {
-        let weights = self.weights("init.");
+        let (head, weights): (BTreeMap<_, _>, BTreeMap<_, _>) = self
+            .weights("init.")
+            .into_iter()
+            .partition(|(name, _)| name.starts_with("classifier") || name.starts_with("score"));
         let has = |name: &str| weights.keys().any(|k| k.starts_with(name));
         let kind = if has("lstm_head") {
             EncoderKind::Lstm
@@ -43,11 +46,24 @@ impl Run {
             EncoderKind::Mlp
         } else if has("transform") {
             EncoderKind::Projection
+        } else if has("prefix_task") {
+            EncoderKind::Multitask
         } else {
             EncoderKind::Embedding
         };
         let adapter = self.log["adapter"].as_str().unwrap();
-        let placement = if adapter.starts_with("prefix") { Placement::Stored } else { Placement::VirtualTokens };
+        let placement = if adapter.starts_with("prefix") {
+            Placement::Stored
+        } else if self.log["model"].as_str().unwrap().starts_with("bert") {
+            Placement::AmongRows
+        } else {
+            Placement::VirtualTokens
+        };
+        let module = head.keys().next().map(|name| name.split('.').next().unwrap().to_owned());
+        let head = module.map(|module| {
+            let of = |part: &str| head.get(&format!("{module}.{part}")).cloned();
+            TrainedHead::new(vec![(module.clone(), of("weight").unwrap(), of("bias"))]).unwrap()
+        });
         let number = |key: &str| self.log[key].as_f64().unwrap();
         let config = AdamWConfig {
             beta1: self.log["betas"][0].as_f64().unwrap(),
@@ -56,7 +72,7 @@ impl Run {
             weight_decay: number("weight_decay"),
             max_gradient_norm: number("clip_grad_norm"),
         };
-        Job::new(PromptEncoder::new(kind, weights).unwrap(), placement, config).unwrap()
+        Job::with_head(PromptEncoder::new(kind, weights).unwrap(), head, placement, config).unwrap()
     }
 
     fn number(&self, key: &str) -> usize {
@@ -64,7 +80,9 @@ impl Run {
     }
 
     fn learning_rate(&self, step: usize) -> f64 {
-        let share = Schedule::Linear.share(step, self.number("warmup_steps"), self.number("total_steps"));
+        let cosine = self.log["schedule"].as_str() == Some("cosine");
+        let schedule = if cosine { Schedule::Cosine } else { Schedule::Linear };
+        let share = schedule.share(step, self.number("warmup_steps"), self.number("total_steps"));
         let rate = self.log["lr"].as_f64().unwrap() * share;
         assert!((rate - self.log["lr_used"][step].as_f64().unwrap()).abs() < 1e-12, "step {step}");
         rate
@@ -83,8 +101,9 @@ impl Run {
             (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
         };
         let finals = self.weights("final.");
-        let mut all = worst(&job.encoder.rows().unwrap(), &self.tensors["final_prompt_embeddings"]);
-        for (name, var) in job.encoder.weights() {
+        let rows = self.tensors.get("final_prompt_embeddings");
+        let mut all = rows.map_or(0.0, |rows| worst(&job.encoder.rows().unwrap(), rows));
+        for (name, var) in job.weights() {
             all = all.max(worst(var, &finals[name]));
         }
         assert!(all < WEIGHT_TOLERANCE, "{}: {all}", self.name);
@@ -92,26 +111,34 @@ impl Run {
     }
 }
 
-/// The batches of a run, in order.
-fn batches(root: &Path) -> Vec<Vec<Example>> {
-    let all: Value = serde_json::from_slice(&std::fs::read(root.join("dataset.json")).unwrap()).unwrap();
-    let example = |v: &Value| {
-        let tokens = v["input_ids"].as_array().unwrap().iter();
-        let labels = v["labels"].as_array().unwrap().iter().map(|i| i.as_u64().map(|i| i as u32));
-        Example {
-            task: 0,
-            rows: tokens.map(|i| InputRow::Token(i.as_u64().unwrap() as u32)).collect(),
-            goal: Goal::Tokens(labels.collect()),
-        }
-    };
-    let examples: Vec<Example> = all["examples"].as_array().unwrap().iter().map(example).collect();
-    let pick = |i: &Value| examples[i.as_u64().unwrap() as usize].clone();
-    all["batches"].as_array().unwrap().iter().map(|b| b.as_array().unwrap().iter().map(pick).collect()).collect()
+impl Run {
+    /// The batches, in order: of the run itself, or of the runs' folder.
+    fn batches(&self, root: &Path) -> Vec<Vec<Example>> {
+        let all: Value = match &self.log["examples"] {
+            Value::Null => serde_json::from_slice(&std::fs::read(root.join("dataset.json")).unwrap()).unwrap(),
+            _ => self.log.clone(),
+        };
+        let soft =
+            if self.job().placement == Placement::AmongRows { self.job().encoder.rows().unwrap().dims()[0] } else { 0 };
+        let example = |v: &Value| {
+            let tokens = v["input_ids"].as_array().unwrap().iter();
+            let tokens = tokens.map(|i| InputRow::Token(i.as_u64().unwrap() as u32));
+            let goal = match v["labels"].as_array() {
+                Some(labels) => Goal::Tokens(labels.iter().map(|i| i.as_u64().map(|i| i as u32)).collect()),
+                None => Goal::Class(v["class"].as_u64().unwrap() as u32),
+            };
+            let rows = (0..soft as u32).map(InputRow::Soft).chain(tokens).collect();
+            Example { task: v["task"].as_u64().unwrap_or(0) as usize, rows, goal }
+        };
+        let examples: Vec<Example> = all["examples"].as_array().unwrap().iter().map(example).collect();
+        let pick = |i: &Value| examples[i.as_u64().unwrap() as usize].clone();
+        all["batches"].as_array().unwrap().iter().map(|b| b.as_array().unwrap().iter().map(pick).collect()).collect()
+    }
 }
 
 /// A batch from end to end, and an optimiser's step of each job: loss and gradient norm.
-fn steps(model: &Model, jobs: &mut [Job], examples: &[Example], rate: &[f64], keep: Activations) -> Vec<(f64, f64)> {
-    let work = jobs.iter().map(|job| Work {
+fn steps(model: &Model, jobs: &mut [Job], examples: &[&[Example]], rate: &[f64], keep: Activations) -> Vec<(f64, f64)> {
+    let work = jobs.iter().zip(examples).map(|(job, examples)| Work {
         job,
         examples: examples.iter().collect(),
         divisor: examples.iter().map(|e| job.targets(e)).sum(),
@@ -126,13 +153,19 @@ fn steps(model: &Model, jobs: &mut [Job], examples: &[Example], rate: &[f64], ke
     jobs.iter_mut().zip(&outcomes).zip(rate).map(update).collect()
 }
 
-/// Every run by itself, then all runs of a model in the same batches: the same losses to the bit.
+/// Every run by itself, then all runs of a model in the same batches: the same losses to the bit. Runs of `peft/train` in
+/// the test data, and those that `tests/oracle/train.py` made.
 #[test]
 fn training_oracle_runs() {
-    let Some(root) = data("peft/train") else { return };
-    let batches = batches(&root);
-    let mut dirs: Vec<_> =
-        std::fs::read_dir(&root).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    let mut count = walk(Path::new("tests/oracle/results/peft/train"));
+    if let Some(root) = data("peft/train") {
+        count += walk(&root);
+    }
+    println!("{count} runs");
+}
+
+fn walk(root: &Path) -> usize {
+    let mut dirs: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
     dirs.sort();
     let runs: Vec<Run> = dirs.iter().map(|d| Run::read(d)).collect();
     let mut models: Vec<&str> = runs.iter().map(|r| r.log["model"].as_str().unwrap()).collect();
@@ -140,14 +173,15 @@ fn training_oracle_runs() {
     for name in models {
         let model = load(root.join("..").join(name).to_str().unwrap(), DtypeChoice::F32);
         let runs: Vec<&Run> = runs.iter().filter(|r| r.log["model"] == name).collect();
+        let batches: Vec<Vec<Vec<Example>>> = runs.iter().map(|run| run.batches(root)).collect();
         let mut alone: Vec<Vec<u64>> = Vec::new();
-        for run in &runs {
+        for (run, batches) in runs.iter().zip(&batches) {
             let (mut job, mut worst, mut bits) = ([run.job()], 0f64, Vec::new());
             assert!(batches.len() >= run.number("total_steps"));
             for (s, examples) in batches.iter().take(run.number("total_steps")).enumerate() {
                 // Activations kept and computed again, in turn: the bits are the same, as the batch below shows.
                 let keep = Activations::Keep(s % 3);
-                let (loss, got) = steps(&model, &mut job, examples, &[run.learning_rate(s)], keep)[0];
+                let (loss, got) = steps(&model, &mut job, &[examples], &[run.learning_rate(s)], keep)[0];
                 worst = worst.max(run.check_loss(s, loss));
                 bits.push(loss.to_bits());
                 let norm = run.log["grad_norms_unclipped_f32"][s].as_f64().unwrap();
@@ -158,15 +192,17 @@ fn training_oracle_runs() {
             alone.push(bits);
         }
         let mut jobs: Vec<Job> = runs.iter().map(|r| r.job()).collect();
-        for (s, examples) in batches.iter().take(runs[0].number("total_steps")).enumerate() {
+        for s in 0..runs[0].number("total_steps") {
             let rates: Vec<f64> = runs.iter().map(|run| run.learning_rate(s)).collect();
-            let reports = steps(&model, &mut jobs, examples, &rates, Activations::Keep(usize::MAX));
+            let examples: Vec<&[Example]> = batches.iter().map(|b| &b[s][..]).collect();
+            let reports = steps(&model, &mut jobs, &examples, &rates, Activations::Keep(usize::MAX));
             for (((loss, _), bits), run) in reports.iter().zip(&alone).zip(&runs) {
                 assert_eq!(loss.to_bits(), bits[s], "{} step {s}: with others {loss}", run.name);
             }
         }
         println!("{name}: {} jobs in one batch, the same bits of every loss", runs.len());
     }
+    runs.len()
 }
 
 /// The LSTM and the other encoders give the rows that PEFT saved.

@@ -89,11 +89,6 @@ impl Watched {
         terminal.line(format!("  loss {first:.4} -> {last:.4} in {steps} steps; curve: {}", path.display()));
         Ok(())
     }
-
-    /// Loss of the first and of the last step.
-    pub fn ends(&self) -> Option<(f64, f64)> {
-        self.curve.ends()
-    }
 }
 
 /// A job in the API's own field names.
