@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Folders that `include_dir!` puts into the executable: it cannot tell cargo of them itself.
     println!("cargo:rerun-if-changed=adapters");
     println!("cargo:rerun-if-changed=models/demo/hot-load");
+    println!("cargo:rerun-if-changed=models/demo/live");
     let files =
         ["inference.proto", "adapters.proto", "training.proto", "server.proto"].map(|f| format!("prefixd/v1/{f}"));
     let descriptors = protox::compile(files, ["proto"])?;

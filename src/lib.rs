@@ -11,7 +11,7 @@
 //! | 2 | [`kv`], [`adapter`], [`tokenizer`] | KV pages; adapter formats, store and registry; text and ids |
 //! | 3 | [`model`] | one decoder for all families |
 //! | 4 | [`engine`] | continuous batching on one thread; the way of an adapter into service |
-//! | 5 | [`training`] | one step of training for several adapters |
+//! | 5 | [`training`] | adapters trained on the weights that serve; evaluation figures |
 //! | 6 | [`rpc`] | the gRPC services; the only code that knows protobuf and our types both |
 //! | 7 | [`server`], [`cli`] | wiring, and the commands |
 //!

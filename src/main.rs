@@ -6,6 +6,7 @@ use prefixd::telemetry;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    prefixd::ops::pool::quiet_candle();
     let cli = Cli::parse();
     let output = cli.output;
     let Err(error) = run(cli) else { return ExitCode::SUCCESS };

@@ -58,6 +58,7 @@ pub mod pool;
 pub mod prefix_attention;
 pub mod rope;
 pub mod sample;
+pub mod seed;
 
 pub use linear::Linear;
 pub use pool::Pool;

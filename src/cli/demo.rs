@@ -1,9 +1,10 @@
 //! `prefixd demo`: the real server, driven through the real client.
 //!
 //! First one burst: requests of every shipped task and of the bare base, all at once, in shared batches. Then,
-//! under a running load, an adapter comes, is replaced, and goes.
+//! under a running load, an adapter comes, is replaced, and goes. At the end a new one is trained.
 mod burst;
 mod hot_load;
+mod live;
 mod load;
 
 use super::client::connect;
@@ -23,11 +24,14 @@ use tokio::sync::oneshot;
 /// The adapter that comes and goes, in two generations.
 static HOT_LOAD: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/models/demo/hot-load");
 
+/// Data and card of the task that is trained.
+static LIVE: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/models/demo/live");
+
 /// The shipped tasks in the order of the table.
-const TASKS: [&str; 8] = ["sentiment", "topic", "describe", "slots", "answer", "date-iso", "formal", "key-phrase"];
+const TASKS: [&str; 8] = ["sentiment", "topic", "describe", "slots", "answer", "agenda", "formal", "booking"];
 
 /// Longer than any answer here takes, even on one slow core: a demo must not hang.
-const PATIENCE: Duration = Duration::from_secs(50);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Show it: a real server on a free port, many tasks in one batch, adapters in and out under load.
 #[derive(Debug, Args)]
@@ -76,7 +80,8 @@ impl Demo {
         let channel = connect(&address.to_string()).await?;
         let burst = burst::run(&channel, self.requests.into(), terminal).await?;
         let hot_load = hot_load::run(&channel, terminal).await?;
-        Ok(json!({ "address": address.to_string(), "burst": burst, "hot_load": hot_load }))
+        let live = live::run(&channel, terminal).await?;
+        Ok(json!({ "address": address.to_string(), "burst": burst, "hot_load": hot_load, "training": live }))
     }
 }
 
@@ -133,6 +138,7 @@ fn next_steps(started: Instant, terminal: &Terminal) {
     for (command, why) in [
         ("prefixd serve".to_owned(), "the same server, on 127.0.0.1:50051"),
         (format!("prefixd generate --stream --adapter sentiment '{input}'"), "ask a task"),
+        ("prefixd train examples.jsonl --adapter my-task".to_owned(), "train a task: lines of {\"input\", \"target\"}"),
         ("prefixd adapters upload DIR --id my-task".to_owned(), "serve an adapter made with PEFT"),
     ] {
         terminal.line(format!("  {command}\n      {}", terminal.dim(why)));

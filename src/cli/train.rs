@@ -49,6 +49,9 @@ pub(super) struct Train {
     /// Return at once; `prefixd jobs watch` shows the rest.
     #[arg(long)]
     detach: bool,
+    /// Do not compare the adapter with the bare base at the end.
+    #[arg(long)]
+    skip_eval: bool,
     /// Where the loss curve goes [default: ID-loss.svg].
     #[arg(long, value_name = "FILE.svg")]
     curve: Option<PathBuf>,
@@ -93,7 +96,7 @@ impl Train {
         watched.draw(&path, terminal)?;
         let ended = watched.ended()?;
         let mut report = json!({ "job": watch::json(&ended), "curve": path });
-        if ended.generation > 0 {
+        if ended.generation > 0 && !self.skip_eval {
             let message = proto::EvaluateRequest {
                 adapter_id: self.adapter.clone(),
                 max_examples: if evaluation_data.is_some() { 0 } else { COMPARED },

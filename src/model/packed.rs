@@ -10,6 +10,7 @@ use super::Model;
 use super::batch::PackedBatch;
 use super::decoder::PackedRows;
 use crate::error::{Error, Result};
+use crate::ops::seed::backward_from;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
@@ -185,7 +186,7 @@ impl PackedPass {
 
 /// Gradients of everything below `output`, given its own.
 pub fn back(output: &Tensor, gradient: &Tensor) -> Result<GradStore> {
-    Ok((output * gradient)?.sum_all()?.backward()?)
+    Ok(backward_from(output, gradient)?)
 }
 
 /// The gradient of a variable, on its own: candle leaves the graph of its making on it. None at all is a defect, never a

@@ -7,6 +7,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Thread};
 
+/// Keeps candle's own pool empty: its threads spin against ours and tokio's on few cores, and what is left to it (sums of
+/// gradients) is small. Call it first thing in `main`; a `CANDLE_NUM_THREADS` that is set stays.
+pub fn quiet_candle() {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: the process has one thread as yet, so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+}
+
 type Job = *const (dyn Fn(usize) + Sync);
 
 const EPOCH: u64 = 1 << 16;

@@ -192,7 +192,8 @@ impl Evaluator {
 
 impl Side {
     fn of(adapter: Option<&Adapter>, request: &proto::EvaluateRequest, target_template: String) -> Self {
-        let labels = adapter.filter(|a| a.head.is_some() || !a.card.labels.is_empty()).map(|a| {
+        let chooses = |a: &&Adapter| a.head.is_some() || !a.card.labels.is_empty() && !request.generate;
+        let labels = adapter.filter(chooses).map(|a| {
             let head = a.head.is_some();
             let texts = if head { Vec::new() } else { a.card.verbalizers().to_vec() };
             Labels { texts: texts.clone(), names: a.card.labels.clone() }

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = ["answer", "date-iso", "describe", "formal", "key-phrase", "sentiment", "slots", "topic"]
+TASKS = ["agenda", "answer", "booking", "describe", "formal", "sentiment", "slots", "topic"]
 checks = 0
 
 
@@ -163,6 +163,32 @@ def hot_loading(client: Client) -> None:
     check(code == grpc.StatusCode.NOT_FOUND, "gone after unloading")
 
 
+def training(client: Client) -> None:
+    """A task is trained by RPC, watched, served and measured."""
+    service = "prefixd.v1.TrainingService"
+    data = [{"input": e["input"], "targets": [e["target"]]} for e in examples("sentiment")]
+    card = (ROOT / "adapters" / "sentiment" / "task.toml").read_text()
+    job = client.call(service, "CreateTrainingJob", {
+        "adapter_id": "from-python", "data": {"inline": {"examples": data}}, "task_card": card, "load": True,
+        "settings": {"max_steps": 12, "batch_size": 4, "target_template": " {{ target }}\n", "num_virtual_tokens": 8},
+    }).job
+    check(job.job_id.startswith("job-") and job.total_steps == 12, "a job is created")
+    events = client.call(service, "WatchTrainingJob", {"job_id": job.job_id})
+    steps = [e.step for e in events if e.WhichOneof("event") == "step"]
+    check([s.step for s in steps] == list(range(1, 13)), "every step is seen once, in order")
+    last = events[-1].job
+    check(last.generation > 0 and not last.error, f"the last message is the job that succeeded: {last.error}")
+    answer = client.generate("from-python", data[0]["input"])
+    check(answer.adapter.generation == last.generation, "the new adapter answers")
+    measured = client.call(service, "Evaluate", {"adapter_id": "from-python", "data": {"inline": {"examples": data}}})
+    check(measured.scores.exact_match >= measured.base_scores.exact_match, "it is no worse than the bare base")
+    listed = client.call(service, "ListTrainingJobs").jobs
+    check(job.job_id in [j.job_id for j in listed], "the job is listed")
+    bad = {"adapter_id": "x", "data": {"inline": {"examples": [{"input": "a"}]}}}
+    code, text = client.code(lambda: client.call(service, "CreateTrainingJob", bad))
+    check(code == grpc.StatusCode.INVALID_ARGUMENT and "target" in text, "an example without target is named")
+
+
 def malformed(client: Client) -> None:
     generate = "/prefixd.v1.InferenceService/Generate"
     not_utf8 = b"\x12\x02\xff\xfe"  # field 2, a string of two bytes that are no UTF-8
@@ -212,7 +238,7 @@ def main() -> None:
     try:
         address = json.loads(server.stdout.readline())["address"]
         client = Client(address)
-        for test in (reflection_and_health, mixed_burst, stacks_tasks_conversations, streaming, hot_loading, malformed):
+        for test in (reflection_and_health, mixed_burst, stacks_tasks_conversations, streaming, hot_loading, training, malformed):
             test(client)
             print(f"ok {test.__name__}")
         metrics(port)

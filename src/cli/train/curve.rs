@@ -27,6 +27,18 @@ impl Curve {
         self.steps.len()
     }
 
+    /// The loss in one line of `width` characters, the highest one at the top.
+    pub fn sparkline(&self, width: usize) -> String {
+        let marks = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+        let most = self.steps.iter().map(|s| s.loss).fold(0.0, f64::max).max(1e-9);
+        let (n, width) = (self.steps.len(), width.min(self.steps.len()));
+        let mean = |i: usize| {
+            let part = &self.steps[i * n / width..((i + 1) * n / width).max(i * n / width + 1)];
+            part.iter().map(|s| s.loss).sum::<f64>() / part.len() as f64
+        };
+        (0..width).map(|i| marks[((mean(i) / most * 7.0).round() as usize).min(7)]).collect()
+    }
+
     /// Loss of the first and of the last step.
     pub fn ends(&self) -> Option<(f64, f64)> {
         Some((self.steps.first()?.loss, self.steps.last()?.loss))

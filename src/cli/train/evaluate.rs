@@ -27,6 +27,9 @@ pub(in crate::cli) struct Eval {
     /// Do not run the bare base beside it.
     #[arg(long)]
     skip_base: bool,
+    /// Have it write also where it has labels to choose from.
+    #[arg(long)]
+    generate: bool,
     /// What the model writes, around `{{ target }}`, where its likelihood is measured.
     #[arg(long, value_name = "TEXT")]
     target_template: Option<String>,
@@ -45,6 +48,7 @@ impl Eval {
             task_id: self.task,
             max_examples: self.limit.unwrap_or(0),
             skip_base: self.skip_base,
+            generate: self.generate,
             target_template: self.target_template.map(|t| t.replace("\\n", "\n")),
         };
         let bar = terminal.bar();

@@ -14,7 +14,7 @@ pub(in crate::cli) struct Watched {
 }
 
 /// One line on a job.
-pub(super) fn summary(job: &proto::TrainingJob) -> String {
+pub(in crate::cli) fn summary(job: &proto::TrainingJob) -> String {
     let settings = job.settings.clone().unwrap_or_default();
     let method = settings.method().as_str_name().trim_start_matches("TRAINING_METHOD_").to_ascii_lowercase();
     let (examples, steps, n) = (job.train_examples, job.total_steps, settings.num_virtual_tokens.unwrap_or(0));
@@ -29,7 +29,7 @@ pub(super) fn summary(job: &proto::TrainingJob) -> String {
 }
 
 /// Without the enum's prefix: `RUNNING`.
-pub(super) fn state(job: &proto::TrainingJob) -> &'static str {
+pub(in crate::cli) fn state(job: &proto::TrainingJob) -> &'static str {
     job.state().as_str_name().trim_start_matches("TRAINING_JOB_STATE_")
 }
 
@@ -85,14 +85,14 @@ impl Watched {
     pub fn draw(&self, path: &Path, terminal: &Terminal) -> Result<(), Failure> {
         let Some((first, last)) = self.curve.ends() else { return Ok(()) };
         curve::draw(&self.curve, path).map_err(|e| Failure::local(format!("{}: {e}", path.display())))?;
-        let steps = self.curve.len();
-        terminal.line(format!("  loss {first:.4} -> {last:.4} in {steps} steps; curve: {}", path.display()));
+        let (steps, line) = (self.curve.len(), self.curve.sparkline(40));
+        terminal.line(format!("  loss {first:.4} {line} {last:.4} in {steps} steps; curve: {}", path.display()));
         Ok(())
     }
 }
 
 /// A job in the API's own field names.
-pub(super) fn json(job: &proto::TrainingJob) -> Value {
+pub(in crate::cli) fn json(job: &proto::TrainingJob) -> Value {
     let step = |s: &proto::TrainingStep| {
         json!({ "step": s.step, "loss": s.loss, "learning_rate": s.learning_rate, "gradient_norm": s.gradient_norm,
                 "tokens_per_second": s.tokens_per_second })

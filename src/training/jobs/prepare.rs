@@ -31,7 +31,7 @@ impl Inner {
         }
         if apart > 0 {
             let mut order: Vec<usize> = (0..all.examples.len()).collect();
-            shuffle(&mut order, settings.seed ^ 0x7370_6c69_74);
+            shuffle(&mut order, settings.seed ^ 0x0073_706c_6974);
             let chosen: HashSet<usize> = order[..apart].iter().copied().collect();
             let (mut rest, mut i) = (Vec::new(), 0..);
             for example in all.examples.drain(..) {
