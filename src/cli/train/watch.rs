@@ -85,7 +85,7 @@ impl Watched {
     pub fn draw(&self, path: &Path, terminal: &Terminal) -> Result<(), Failure> {
         let Some((first, last)) = self.curve.ends() else { return Ok(()) };
         curve::draw(&self.curve, path).map_err(|e| Failure::local(format!("{}: {e}", path.display())))?;
-        let (steps, line) = (self.curve.len(), self.curve.sparkline(40));
+        let (steps, line) = (self.curve.len(), self.curve.sparkline(24));
         terminal.line(format!("  loss {first:.4} {line} {last:.4} in {steps} steps; curve: {}", path.display()));
         Ok(())
     }
