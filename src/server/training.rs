@@ -12,7 +12,7 @@ use crate::rpc::training::Training;
 use crate::training::jobs::{Base, Jobs, Limits, Trained, Wires};
 use crate::training::journal::Journal;
 use crate::training::trainer::{Bounds, Event, Order, Trainer};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -44,22 +44,17 @@ pub(super) fn bench(model: &Model, config: &TrainingConfig) -> (Bench, Guest) {
     (Bench { base, orders, events }, Guest { work: Box::new(trainer), share: config.share })
 }
 
-/// The service. `durable`: the adapter store outlives the process, so the jobs do too. A server whose journal another one
-/// has serves all the same, and says so to who wants to train. Blocks.
+/// The service. Its folder is a hidden one of the adapter store, unless the settings name another: jobs live as long as the
+/// adapters do. A server whose journal another one has serves all the same, and says so to who wants to train. Blocks.
 pub(super) fn service(
     bench: Bench,
     config: &Config,
-    durable: bool,
     loader: AdapterLoader,
     inference: Inference,
     drain: Drain,
 ) -> Result<Training> {
-    let dir = config.training.dir.clone();
-    let dir = dir.or_else(|| durable.then(|| loader.store().dir().join(".training")));
-    let journal = match &dir {
-        Some(dir) => open(dir),
-        None => Journal::in_memory(),
-    };
+    let dir = config.training.dir.clone().unwrap_or_else(|| loader.store().dir().join(".training"));
+    let journal = open(&dir);
     let t = &config.training;
     let limits = Limits {
         running: t.max_running,
@@ -82,15 +77,13 @@ pub(super) fn service(
     if let Err(e) = &jobs {
         tracing::warn!("no training here: {e}");
     }
-    // Data that jobs name must last as long as they do; without a place of their own they have the system's.
-    let data = t.data.clone().or(dir.map(|dir| dir.join("datasets")));
-    let data = data.unwrap_or_else(|| std::env::temp_dir().join(format!("prefixd-datasets-{}", std::process::id())));
+    let data = t.data.clone().unwrap_or_else(|| dir.join("datasets"));
     let datasets = Datasets::new(data, t.max_data_bytes, t.max_examples);
     let evaluator = Evaluator { inference, registry: loader.registry().clone() };
     Ok(Training { jobs, datasets, loader, evaluator, drain })
 }
 
-fn open(dir: &PathBuf) -> Result<Journal> {
+fn open(dir: &Path) -> Result<Journal> {
     std::fs::create_dir_all(dir).or_kind(Kind::FailedPrecondition, dir.display())?;
     Journal::open(&dir.join("jobs.sqlite"))
 }

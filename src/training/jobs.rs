@@ -426,3 +426,6 @@ fn unknown(id: &str) -> Error {
 fn micros() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as i64)
 }
+
+#[cfg(test)]
+mod tests;

@@ -85,11 +85,10 @@ impl Journal {
         Ok(Journal { db })
     }
 
-    /// One that lives as long as the process.
-    pub fn in_memory() -> Result<Self> {
-        let db = Connection::open_in_memory().map_err(fault)?;
-        db.execute_batch(SCHEMA).map_err(fault)?;
-        Ok(Journal { db })
+    /// Stands for a disk that has room for so many pages of 4 KiB.
+    #[cfg(test)]
+    pub(super) fn limit_pages(&self, pages: u32) {
+        self.db.pragma_update(None, "max_page_count", pages).expect("a pragma of SQLite");
     }
 
     /// Adds a job.
