@@ -97,7 +97,7 @@ fn generate(engine: &EngineHandle, tokens: usize) -> usize {
         sampling: Sampling::default(),
         stopping: Stopping { max_new_tokens: tokens, ignore_eos: true, ..Stopping::default() },
         score_from: None,
-        top_logprobs: 0,
+        top_logprobs: None,
         deadline: None,
         arrival: Instant::now(),
     };

@@ -29,6 +29,8 @@ pub struct Config {
     pub device: Device,
     /// Type of the weights; `auto` keeps the checkpoint's.
     pub dtype: DtypeChoice,
+    /// What the weights are rounded to once they are loaded.
+    pub quantize: Quantize,
     /// Batching and memory.
     pub engine: EngineConfig,
     /// What a request may ask for.
@@ -49,6 +51,7 @@ impl Default for Config {
             watch: false,
             device: Device::Auto,
             dtype: DtypeChoice::Auto,
+            quantize: Quantize::None,
             engine: EngineConfig::default(),
             limits: Limits::default(),
             training: TrainingConfig::default(),
@@ -115,6 +118,18 @@ pub enum DtypeChoice {
     F16,
 }
 
+/// What the weights of linear layers and the token table are rounded to.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantize {
+    /// They stay as they are.
+    #[default]
+    None,
+    /// 8-bit integers with a scale for every 256 of a row: each weight is off by 1/254 of the largest of its 256 at most. The
+    /// inputs of each layer are rounded alike.
+    Int8,
+}
+
 /// Batching and memory.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -161,7 +176,7 @@ impl Default for EngineConfig {
 pub struct TrainingConfig {
     /// Of the engine's time while requests run, 0 to 0.9. Training takes everything when there are none.
     pub share: f64,
-    /// Where jobs are kept. None: in `.training` of the adapter store, or in memory where that is the shipped one.
+    /// Where jobs are kept. None: in `.training` of the adapter store; that of the shipped adapters is gone at exit.
     pub dir: Option<PathBuf>,
     /// Folder of datasets (`NAME.jsonl`) that jobs and evaluations may name, and where uploads go. None: `datasets` in
     /// `dir`.

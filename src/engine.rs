@@ -6,6 +6,7 @@ mod capacity;
 mod fair_queue;
 mod guest;
 pub mod loader;
+mod readout;
 pub mod request;
 mod residency;
 mod runner;

@@ -9,12 +9,14 @@ pub mod source;
 mod weights;
 
 use crate::adapter::{BaseShape, Head};
-use crate::config::{Device, DtypeChoice};
+use crate::config::{Device, DtypeChoice, Quantize};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kv::{KvPool, PageId, pages_for};
+use crate::ops::Pool;
 use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::embed::RowSource;
 use crate::ops::linear::{Cpu, Linear};
+use crate::ops::memory;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use batch::{Batch, Rows};
@@ -58,7 +60,7 @@ pub struct ModelInfo {
     pub head_modules: &'static [&'static str],
     /// Classes of the base's own head, if it came with one.
     pub labels: Vec<String>,
-    /// Type of the weights in the checkpoint or as asked for.
+    /// Type of the weights: the checkpoint's or as asked for; `int8` where they were rounded to it.
     pub dtype: &'static str,
     /// `cpu`.
     pub device: String,
@@ -71,6 +73,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// Type of the weights.
     pub dtype: DtypeChoice,
+    /// What they are rounded to.
+    pub quantize: Quantize,
     /// Threads of the CPU ops; 0: one a core.
     pub threads: usize,
     /// Longest sequence; 0: the model's own.
@@ -120,7 +124,7 @@ impl Model {
         };
         let mut checkpoint = Checkpoint::open(&files.weights, dtype)?;
         let cpu = Cpu::new(options.threads);
-        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, &cpu)?;
+        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &cpu)?;
         let head = classifier(&mut checkpoint, &config, &cpu)?;
         let info = ModelInfo {
             name: files.name.clone(),
@@ -136,16 +140,25 @@ impl Model {
             encoder: config.family.encoder,
             head_modules: if config.family.encoder { config.family.names.classifier } else { &["score"] },
             labels: head.as_ref().map_or(Vec::new(), |h| labels(&config, h.labels())),
-            dtype: checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
+            dtype: match options.quantize {
+                Quantize::None => checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
+                Quantize::Int8 => "int8",
+            },
             device: "cpu".into(),
         };
         checkpoint.finish()?;
+        memory::settle();
         Ok(Model { decoder, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
     }
 
     /// Its facts.
     pub fn info(&self) -> &ModelInfo {
         &self.info
+    }
+
+    /// The threads of its ops.
+    pub fn threads(&self) -> &Pool {
+        &self.decoder.cpu().pool
     }
 
     /// Its tokenizer.

@@ -18,6 +18,7 @@ macro_rules! simd {
 
             #[cfg(target_arch = "x86_64")]
             {
+                use crate::ops::float;
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
                 fn avx512($($arg: $ty),*) {
                     body($($arg),*)
@@ -26,17 +27,12 @@ macro_rules! simd {
                 fn avx2($($arg: $ty),*) {
                     body($($arg),*)
                 }
-                let has512 = is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl");
-                if has512 {
-                    // SAFETY: the features were just found.
-                    return unsafe { avx512($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: the feature was just found.
-                    return unsafe { avx2($($arg),*) };
+                match float::isa() {
+                    // SAFETY: the features were found.
+                    float::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    float::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    float::Isa::Baseline => {}
                 }
             }
             body($($arg),*)
@@ -44,15 +40,21 @@ macro_rules! simd {
     };
 }
 
+#[macro_use]
+mod lanes;
+
 pub mod activation;
 pub mod cross_entropy;
+pub mod dense;
 pub mod embed;
 pub mod float;
 #[cfg(test)]
 mod gradient;
 pub mod kv_write;
+pub mod limits;
 pub mod linear;
 pub mod mapped;
+pub mod memory;
 pub mod norm;
 pub mod pool;
 pub mod prefix_attention;
@@ -72,6 +74,32 @@ fn f32_slice<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&
         (CpuStorage::F32(_), None) => bail!("{op}: the tensor must be contiguous, it is {layout:?}"),
         _ => bail!("{op}: the tensor must be f32"),
     }
+}
+
+/// Rows in one unit of work of an elementwise op.
+const ROWS: usize = 8;
+/// Elements below which one thread does it all: waking another costs more.
+const FEW: usize = 1 << 14;
+
+/// `[m, width]`, made by `f(first row, rows)` for blocks of rows, over the threads where there are many.
+///
+/// Nothing is zeroed before: `f` must write every element, and read none that it has not written.
+fn make_rows(pool: &Pool, m: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut all = Vec::<f32>::with_capacity(m * width);
+    let out = Shared(all.as_mut_ptr());
+    let block = |from: usize, to: usize| {
+        // SAFETY: blocks are disjoint and within the capacity; `f` only writes to what has no value yet.
+        let rows = unsafe { std::slice::from_raw_parts_mut(out.get().add(from * width), (to - from) * width) };
+        f(from, rows);
+    };
+    if m * width < FEW {
+        block(0, m);
+    } else {
+        pool.for_each(m.div_ceil(ROWS), |i| block(i * ROWS, m.min((i + 1) * ROWS)));
+    }
+    // SAFETY: every block has been written.
+    unsafe { all.set_len(m * width) };
+    all
 }
 
 /// A raw pointer that threads of one [`Pool::run`] share to write disjoint ranges.

@@ -137,9 +137,9 @@ impl Server {
         });
         let inference = Inference { admission, engine: handle.clone(), drain: drain.clone() };
         let training = {
-            let (loader, config, durable) = (loader.clone(), config.clone(), shipped.is_none());
+            let (loader, config) = (loader.clone(), config.clone());
             let (inference, drain) = (inference.clone(), drain.clone());
-            blocking(move || training::service(bench, &config, durable, loader, inference, drain)).await?
+            blocking(move || training::service(bench, &config, loader, inference, drain)).await?
         };
         let services = Services {
             inference,
@@ -229,6 +229,7 @@ async fn load_model(config: &Config) -> Result<Model> {
     let options = LoadOptions {
         device: config.device,
         dtype: config.dtype,
+        quantize: config.quantize,
         threads: config.engine.threads,
         max_model_len: config.engine.max_model_len,
     };

@@ -26,7 +26,7 @@ pub struct Request {
     /// Return the log-probabilities of `input[from..]`, tokens all; `from` is at least 1.
     pub score_from: Option<usize>,
     /// Return so many most likely tokens beside each token's log-probability.
-    pub top_logprobs: usize,
+    pub top_logprobs: Option<usize>,
     /// End with [`FinishReason::Deadline`] when this passes.
     pub deadline: Option<Instant>,
     /// When the request came.
@@ -111,7 +111,9 @@ pub enum Event {
     /// A generated token.
     Token {
         /// The token.
-        token: TokenLogprob,
+        id: u32,
+        /// Its log-probability, if asked for.
+        logprob: Option<TokenLogprob>,
         /// The text that is certain now: whole characters, no part of a stop sequence. May be empty.
         text: String,
     },

@@ -29,14 +29,14 @@ impl Runner {
         &self.model
     }
 
-    /// Runs `step` and hands each wanted row of logits, `[vocab]` or `[labels]`, to `take`. `head` tells which head
-    /// classifies a sequence.
+    /// Runs `step` and hands the wanted rows of logits, `[n, vocab]` or `[1, labels]`, to `take`, a block at a time. `head`
+    /// tells which head classifies a sequence.
     pub fn run<'h>(
         &self,
         step: &Step,
         scheduler: &Scheduler,
         head: impl Fn(SequenceId) -> Option<&'h Head>,
-        mut take: impl FnMut(LogitUse, &[f32]),
+        mut take: impl FnMut(&[LogitUse], &[f32]),
     ) -> Result<()> {
         if cfg!(debug_assertions) {
             step.fresh.iter().try_for_each(|page| self.kv.poison(*page))?;
@@ -65,7 +65,7 @@ impl Runner {
                 }
                 _ => self.model.logits(&hidden)?,
             };
-            each_row(&logits, |i, logits| take(block[i], logits))?;
+            with_values(&logits, |logits| take(block, logits))?;
             row += block.len();
         }
         Ok(())
@@ -88,13 +88,12 @@ impl Runner {
     }
 }
 
-/// The rows of contiguous logits `[n, width]`.
-fn each_row(logits: &Tensor, mut take: impl FnMut(usize, &[f32])) -> Result<()> {
-    let width = logits.dim(1)?;
+/// The elements of contiguous logits `[n, width]`.
+fn with_values(logits: &Tensor, take: impl FnOnce(&[f32])) -> Result<()> {
     let (storage, layout) = logits.storage_and_layout();
     let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         return Err(Error::internal("logits are not contiguous f32 on the CPU"));
     };
-    all[start..end].chunks_exact(width).enumerate().for_each(|(i, row)| take(i, row));
+    take(&all[start..end]);
     Ok(())
 }

@@ -4,6 +4,15 @@ use crate::ops::sample::{self, Filter};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::collections::HashMap;
 
+/// A token that was chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability, if the request wants it: it costs a pass over the vocabulary.
+    pub logprob: Option<TokenLogprob>,
+}
+
 /// State of one sequence's sampling. It survives preemption, so what is drawn does not depend on it.
 pub struct Sampler {
     filter: Filter,
@@ -11,14 +20,14 @@ pub struct Sampler {
     rng: StdRng,
     /// How often each token is in the output; 0: in the prompt only. Kept only if a penalty asks for it.
     seen: HashMap<u32, u32>,
-    top_logprobs: usize,
+    top_logprobs: Option<usize>,
     /// Logits with penalties applied; kept to be filled again.
     scratch: Vec<f32>,
 }
 
 impl Sampler {
     /// `prompt` counts for the repetition penalty.
-    pub fn new(sampling: Sampling, prompt: &[u32], top_logprobs: usize) -> Self {
+    pub fn new(sampling: Sampling, prompt: &[u32], top_logprobs: Option<usize>) -> Self {
         let filter = Filter {
             temperature: sampling.temperature,
             top_k: sampling.top_k,
@@ -32,7 +41,7 @@ impl Sampler {
     }
 
     /// Chooses a token from `logits` `[vocab]`; `banned` ones are not chosen.
-    pub fn sample(&mut self, logits: &[f32], banned: &[u32]) -> TokenLogprob {
+    pub fn sample(&mut self, logits: &[f32], banned: &[u32]) -> Sampled {
         let plain = self.seen.is_empty() && banned.is_empty();
         if !plain {
             self.penalise(logits, banned);
@@ -45,7 +54,7 @@ impl Sampler {
         if s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0 {
             *self.seen.entry(id).or_insert(0) += 1;
         }
-        logprob(logits, id, self.top_logprobs)
+        Sampled { id, logprob: self.top_logprobs.map(|top| logprob(logits, id, top)) }
     }
 
     fn penalise(&mut self, logits: &[f32], banned: &[u32]) {
@@ -76,10 +85,11 @@ pub fn logprob(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn ids(sampling: Sampling, n: usize) -> Vec<u32> {
-        let mut s = Sampler::new(sampling, &[1], 0);
+        let mut s = Sampler::new(sampling, &[1], None);
         (0..n).map(|_| s.sample(&[1.0, 1.2, 1.1, 0.9], &[]).id).collect()
     }
 
@@ -106,8 +116,8 @@ mod tests {
 
     #[test]
     fn banned_tokens_are_not_chosen_and_logprobs_are_the_models() {
-        let mut s = Sampler::new(Sampling::default(), &[], 2);
-        let t = s.sample(&[0.0, 2.0, 1.0], &[1]);
+        let mut s = Sampler::new(Sampling::default(), &[], Some(2));
+        let t = s.sample(&[0.0, 2.0, 1.0], &[1]).logprob.unwrap();
         let norm = (1.0 + 2f32.exp() + 1f32.exp()).ln();
         assert_eq!(t.id, 2);
         assert!((t.logprob - (1.0 - norm)).abs() < 1e-6);

@@ -1,7 +1,7 @@
 //! One request's life in the engine, beside its tokens and pages (which the scheduler has): its sampler, its
 //! text, its receiver.
 use super::request::{Event, Finish, FinishReason, Request, Stopping, Timings, TokenLogprob, Usage};
-use super::sampler::Sampler;
+use super::sampler::{Sampled, Sampler};
 use super::stop::StopMatcher;
 use crate::adapter::{Head, InputRow};
 use crate::error::{Error, Result};
@@ -18,7 +18,8 @@ pub struct Sequence {
     /// Chooses its tokens.
     pub sampler: Sampler,
     /// Most likely tokens to return beside each.
-    pub top_logprobs: usize,
+    /// The most likely tokens to name beside a log-probability, if any is wanted.
+    pub top_logprobs: Option<usize>,
     /// When to end with `Deadline`.
     pub deadline: Option<Instant>,
     stopping: Stopping,
@@ -128,11 +129,11 @@ impl Sequence {
     /// Takes a generated token; says whether the sequence ends with it, and by which stop sequence.
     pub fn generated(
         &mut self,
-        token: TokenLogprob,
+        token: Sampled,
         tokenizer: &Tokenizer,
         eos: &[u32],
     ) -> Result<Option<(FinishReason, Option<String>)>> {
-        let (id, stopping) = (token.id, &self.stopping);
+        let (Sampled { id, logprob }, stopping) = (token, &self.stopping);
         self.usage.generated += 1;
         if self.usage.generated == 1 {
             self.timings.ttft = self.arrival.elapsed();
@@ -141,7 +142,7 @@ impl Sequence {
         // The end token has no text of its own.
         let piece = if ends { String::new() } else { self.detokenizer.push(tokenizer, id)? };
         let matched = self.stop.push(&piece, self.usage.generated >= stopping.min_new_tokens);
-        self.send(Event::Token { token, text: matched.text });
+        self.send(Event::Token { id, logprob, text: matched.text });
         Ok(match matched.stop {
             Some(stop) => Some((FinishReason::StopSequence, Some(stop))),
             None if ends => Some((FinishReason::Stop, None)),

@@ -1,10 +1,9 @@
 //! The engine thread: owns the model, the pool and every sequence.
-use super::batcher::LogitUse;
 use super::capacity;
 use super::guest::Hosting;
+use super::readout;
 use super::request::{Event, FinishReason, Request};
 use super::runner::Runner;
-use super::sampler;
 use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
 use super::{Guest, Stats};
@@ -296,21 +295,9 @@ impl Worker {
         let run = AssertUnwindSafe(|| {
             let heads: HashMap<SequenceId, Arc<Head>> = classified(step, sequences);
             let head = |id| heads.get(&id).map(|h| &**h);
-            runner.run(step, scheduler, head, |usage, logits| match usage {
-                LogitUse::Pool { id } => {
-                    sequences.get_mut(&id).into_iter().for_each(|s| s.pooled(logits.to_vec()));
-                }
-                LogitUse::Score { id, index } => {
-                    let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { return };
-                    // Admission saw that only tokens are scored.
-                    let InputRow::Token(token) = entry.tokens()[index] else { return };
-                    s.scored(index, sampler::logprob(logits, token, s.top_logprobs));
-                }
-                LogitUse::Sample { id } => {
-                    let Some(s) = sequences.get_mut(&id) else { return };
-                    let banned = s.banned(&eos);
-                    sampled.push((id, s.sampler.sample(logits, banned)));
-                }
+            let pool = runner.model().threads();
+            runner.run(step, scheduler, head, |uses, logits| {
+                readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled)
             })
         });
         let done = catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked")));

@@ -4,6 +4,7 @@ use super::batch::{Batch, PackedBatch};
 use super::config::{ModelConfig, Positions, Residual, Up};
 use super::layer::{Layer, Loader};
 use super::weights::Checkpoint;
+use crate::config::Quantize;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::activation::Activation;
@@ -68,11 +69,12 @@ impl Decoder {
         checkpoint: &mut Checkpoint<'_>,
         config: &ModelConfig,
         positions: usize,
+        quantize: Quantize,
         cpu: &Arc<Cpu>,
     ) -> Result<Self> {
         let names = config.family.names;
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let mut loader = Loader::new(checkpoint, config, cpu);
+        let mut loader = Loader::new(checkpoint, config, quantize, cpu);
         let table = loader.linear(&[(names.embed, vocab)], hidden, false)?;
         let learned = match config.family.positions {
             Positions::Learned(offset) => Some(loader.positions(offset, positions)?.into()),
@@ -156,7 +158,7 @@ impl Decoder {
 
     /// Input rows -> `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
     fn embed(&self, inputs: &[RowSource], soft: &Tensor, positions: &Arc<[u32]>) -> Result<Tensor> {
-        let hidden = embed(&self.embedding, soft, inputs.to_vec(), positions)?;
+        let hidden = embed(&self.embedding, soft, inputs.to_vec(), positions, &self.cpu)?;
         if self.config.family.encoder { Ok(self.norm.forward(&hidden)?) } else { Ok(hidden) }
     }
 
@@ -165,7 +167,7 @@ impl Decoder {
         let bare = Embedding { positions: None, ..self.embedding.clone() };
         let none = Tensor::zeros((0, self.config.hidden_size), candle_core::DType::F32, &Device::Cpu)?;
         let rows = tokens.iter().map(|id| RowSource::Token(*id)).collect();
-        Ok(embed(&bare, &none, rows, &(0..tokens.len() as u32).collect())?)
+        Ok(embed(&bare, &none, rows, &(0..tokens.len() as u32).collect(), &self.cpu)?)
     }
 
     /// The rows `wanted` of the last layer's output, final norm applied.
@@ -258,7 +260,7 @@ impl Decoder {
             qkv = norm.forward(&qkv)?;
         }
         if let Some(turns) = facts.rope.and_then(|i| pass.turns.get(i)) {
-            qkv = rope(&qkv, turns, Heads { count: heads + kv_heads, dim })?;
+            qkv = rope(&qkv, turns, Heads { count: heads + kv_heads, dim }, &self.cpu)?;
         }
         match &pass.view {
             View::Paged { kv, plan, slots } => {

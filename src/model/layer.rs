@@ -1,6 +1,7 @@
 //! The weights of one layer, and how a family's tensors become them.
 use super::config::{ModelConfig, NormKind, Qkv, Up};
 use super::weights::Checkpoint;
+use crate::config::Quantize;
 use crate::error::Result;
 use crate::ops::linear::{Cpu, Linear};
 use crate::ops::norm::{HeadNorm, Norm};
@@ -27,6 +28,7 @@ pub struct Layer {
 pub struct Loader<'l, 'c> {
     checkpoint: &'l mut Checkpoint<'c>,
     config: &'l ModelConfig,
+    quantize: Quantize,
     cpu: &'l Arc<Cpu>,
     /// What the names start with.
     root: &'static str,
@@ -39,11 +41,16 @@ type Part<'a> = (&'a str, usize);
 
 impl<'l, 'c> Loader<'l, 'c> {
     /// Finds out what the names in `checkpoint` start with.
-    pub fn new(checkpoint: &'l mut Checkpoint<'c>, config: &'l ModelConfig, cpu: &'l Arc<Cpu>) -> Self {
+    pub fn new(
+        checkpoint: &'l mut Checkpoint<'c>,
+        config: &'l ModelConfig,
+        quantize: Quantize,
+        cpu: &'l Arc<Cpu>,
+    ) -> Self {
         let names = config.family.names;
         let found = names.roots.iter().find(|root| checkpoint.has(&format!("{root}{}.weight", names.embed)));
         let root = found.or(names.roots.first()).copied().unwrap_or("");
-        Loader { checkpoint, config, cpu, root, layer: String::new() }
+        Loader { checkpoint, config, quantize, cpu, root, layer: String::new() }
     }
 
     /// The layer `index`.
@@ -54,7 +61,7 @@ impl<'l, 'c> Loader<'l, 'c> {
         let head_norm = if c.family.head_norm {
             let q = self.norm_weight("layers.{}.self_attn.q_norm", c.head_dim)?;
             let k = self.norm_weight("layers.{}.self_attn.k_norm", c.head_dim)?;
-            Some(HeadNorm::new(q, k, c.norm_eps, c.num_heads, c.num_kv_heads))
+            Some(HeadNorm::new(q, k, c.norm_eps, [c.num_heads, c.num_kv_heads], self.cpu))
         } else {
             None
         };
@@ -91,7 +98,7 @@ impl<'l, 'c> Loader<'l, 'c> {
                     Ok(t.reshape((3 * q, width))?)
                 };
                 let bias = bias.map(|b| Ok::<_, crate::error::Error>(regroup(&b, 1)?.flatten_all()?)).transpose()?;
-                Ok(Linear::new(&[regroup(&weight, c.hidden_size)?], &[bias], self.cpu)?)
+                self.pack(&[regroup(&weight, c.hidden_size)?], &[bias])
             }
         }
     }
@@ -107,7 +114,14 @@ impl<'l, 'c> Loader<'l, 'c> {
         let taken: Vec<_> =
             parts.iter().map(|(name, rows)| self.weight(name, *rows, k, bias)).collect::<Result<_>>()?;
         let (weights, biases): (Vec<_>, Vec<_>) = taken.into_iter().unzip();
-        Ok(Linear::new(&weights, &biases, self.cpu)?)
+        self.pack(&weights, &biases)
+    }
+
+    fn pack(&self, weights: &[Tensor], biases: &[Option<Tensor>]) -> Result<Linear> {
+        Ok(match self.quantize {
+            Quantize::None => Linear::new(weights, biases, self.cpu)?,
+            Quantize::Int8 => Linear::int8(weights, biases, self.cpu)?,
+        })
     }
 
     /// `[rows, k]` and, if there is one, `[rows]`.
@@ -129,10 +143,10 @@ impl<'l, 'c> Loader<'l, 'c> {
         let c = self.config;
         let weight = self.norm_weight(name, c.hidden_size)?;
         Ok(match c.family.norm {
-            NormKind::Rms | NormKind::RmsPlusOne => Norm::rms(weight, c.norm_eps),
+            NormKind::Rms | NormKind::RmsPlusOne => Norm::rms(weight, c.norm_eps, self.cpu),
             NormKind::Layer => {
                 let bias = self.vector(name, ["bias", "beta"], c.hidden_size)?;
-                Norm::layer(weight, bias, c.norm_eps)
+                Norm::layer(weight, bias, c.norm_eps, self.cpu)
             }
         })
     }

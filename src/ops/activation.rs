@@ -1,12 +1,9 @@
 //! `activation`: the nonlinearity of a feed-forward layer, elementwise or times a second half.
 //!
 //! Gated: y = f(gate) * up, of a fused projection `[gate | up]` (SwiGLU and GeGLU, Shazeer 2020). Plain: y = f(x).
-use super::{Pool, Shared, f32_slice, float, linear::Cpu};
+use super::{f32_slice, float, linear::Cpu, make_rows};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
-
-/// Rows in one unit of work.
-const ROWS: usize = 8;
 
 /// f, by transformers' names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +33,7 @@ impl Function {
 
 impl Function {
     /// f(x) and f'(x).
+    #[inline(always)]
     fn with_slope(self, x: f32) -> (f32, f32) {
         match self {
             Function::Silu => {
@@ -89,6 +87,16 @@ impl Activation {
             Function::Relu => relu(x, up, y),
         }
     }
+
+    /// dx `[d_gate | d_up]` of one row; `up` is empty where nothing is gated.
+    fn row_gradient(&self, x: &[f32], up: &[f32], dy: &[f32], dx: &mut [f32]) {
+        match self.function {
+            Function::Silu => silu_gradient(x, up, dy, dx),
+            Function::Gelu => gelu_gradient(x, up, dy, dx),
+            Function::GeluTanh => gelu_tanh_gradient(x, up, dy, dx),
+            Function::Relu => relu_gradient(x, up, dy, dx),
+        }
+    }
 }
 
 impl CustomOp1 for Activation {
@@ -103,14 +111,9 @@ impl CustomOp1 for Activation {
             bail!("activation: x is [{m}, {width}], the width of [gate | up] must be even");
         }
         let out_width = if self.gated { width / 2 } else { width };
-        let mut y = vec![0f32; m * out_width];
-        let out = Shared(y.as_mut_ptr());
-        let pool: &Pool = &self.cpu.pool;
-        pool.for_each(m.div_ceil(ROWS), |i| {
-            for r in i * ROWS..m.min((i + 1) * ROWS) {
-                let (gate, up) = x[r * width..(r + 1) * width].split_at(out_width);
-                // SAFETY: each row of y belongs to one unit of work.
-                let y = unsafe { std::slice::from_raw_parts_mut(out.get().add(r * out_width), out_width) };
+        let y = make_rows(&self.cpu.pool, m, out_width, |first, y| {
+            for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(out_width)) {
+                let (gate, up) = x.split_at(out_width);
                 self.row(gate, up, y);
             }
         });
@@ -133,18 +136,14 @@ impl CustomOp2 for Gradient {
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (f32_slice(x, xl, "activation")?, f32_slice(dy, dyl, "activation")?);
         let (m, width) = xl.shape().dims2()?;
-        let (out, function) = (if self.0.gated { width / 2 } else { width }, self.0.function);
-        let mut dx = vec![0f32; m * width];
-        for ((x, dy), dx) in x.chunks_exact(width).zip(dy.chunks_exact(out)).zip(dx.chunks_exact_mut(width)) {
-            let ((gate, up), (d_gate, d_up)) = (x.split_at(out), dx.split_at_mut(out));
-            for i in 0..out {
-                let (f, slope) = function.with_slope(gate[i]);
-                d_gate[i] = slope * dy[i] * up.get(i).copied().unwrap_or(1.0);
-                if let Some(d_up) = d_up.get_mut(i) {
-                    *d_up = f * dy[i];
-                }
+        let out = if self.0.gated { width / 2 } else { width };
+        let dx = make_rows(&self.0.cpu.pool, m, width, |first, dx| {
+            let rows = x[first * width..].chunks_exact(width).zip(dy[first * out..].chunks_exact(out));
+            for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
+                let (gate, up) = x.split_at(out);
+                self.0.row_gradient(gate, up, dy, dx);
             }
-        }
+        });
         Ok((CpuStorage::F32(dx), (m, width).into()))
     }
 }
@@ -163,6 +162,29 @@ macro_rules! activation {
         }
     };
 }
+
+macro_rules! gradient {
+    ($name:ident, $function:ident) => {
+        simd! {
+            fn $name(x: &[f32], up: &[f32], dy: &[f32], dx: &mut [f32]) {
+                let (d_x, d_up) = dx.split_at_mut(x.len());
+                if up.is_empty() {
+                    d_x.iter_mut().zip(x).zip(dy).for_each(|((d, x), dy)| *d = Function::$function.with_slope(*x).1 * dy);
+                } else {
+                    for ((((d_x, d_up), x), up), dy) in d_x.iter_mut().zip(d_up).zip(x).zip(up).zip(dy) {
+                        let (f, slope) = Function::$function.with_slope(*x);
+                        (*d_x, *d_up) = (slope * dy * up, f * dy);
+                    }
+                }
+            }
+        }
+    };
+}
+
+gradient!(silu_gradient, Silu);
+gradient!(gelu_gradient, Gelu);
+gradient!(gelu_tanh_gradient, GeluTanh);
+gradient!(relu_gradient, Relu);
 
 activation!(silu, float::silu);
 activation!(gelu, |x: f32| 0.5 * x * (1.0 + float::erf(x * std::f32::consts::FRAC_1_SQRT_2)));

@@ -1,5 +1,6 @@
 //! `embed`: rows of the token table and rows of soft prompts gathered into one packed tensor, and learned positions.
-use super::{f32_slice, linear::Packed};
+use super::linear::{Cpu, Packed};
+use super::{f32_slice, make_rows};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -27,11 +28,18 @@ struct Embed {
     embedding: Embedding,
     rows: Vec<RowSource>,
     positions: Arc<[u32]>,
+    cpu: Arc<Cpu>,
 }
 
 /// `rows` and their `positions` `[rows]`, `soft` `[num_soft, hidden]` -> `[rows, hidden]` in f32.
-pub fn embed(embedding: &Embedding, soft: &Tensor, rows: Vec<RowSource>, positions: &Arc<[u32]>) -> Result<Tensor> {
-    soft.apply_op1(Embed { embedding: embedding.clone(), rows, positions: positions.clone() })
+pub fn embed(
+    embedding: &Embedding,
+    soft: &Tensor,
+    rows: Vec<RowSource>,
+    positions: &Arc<[u32]>,
+    cpu: &Arc<Cpu>,
+) -> Result<Tensor> {
+    soft.apply_op1(Embed { embedding: embedding.clone(), rows, positions: positions.clone(), cpu: cpu.clone() })
 }
 
 impl CustomOp1 for Embed {
@@ -48,21 +56,26 @@ impl CustomOp1 for Embed {
             let (rows, positions) = (self.rows.len(), self.positions.len());
             bail!("embed: {rows} rows at {positions} positions, soft ones of {width}, the table's of {hidden}");
         }
-        let mut y = vec![0f32; self.rows.len() * hidden];
-        for (row, y) in self.rows.iter().zip(y.chunks_exact_mut(hidden)) {
-            match *row {
-                RowSource::Token(id) if (id as usize) < table.n() => {
-                    table.row(id as usize, y);
-                    if *scale != 1.0 {
-                        y.iter_mut().for_each(|y| *y *= scale);
-                    }
-                }
-                RowSource::Soft(i) if (i as usize) < num_soft => {
-                    y.copy_from_slice(&soft[i as usize * hidden..][..hidden]);
-                }
-                other => bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", table.n()),
-            }
+        let known = |row: &RowSource| match *row {
+            RowSource::Token(id) => (id as usize) < table.n(),
+            RowSource::Soft(i) => (i as usize) < num_soft,
+        };
+        if let Some(other) = self.rows.iter().find(|row| !known(row)) {
+            bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", table.n());
         }
+        let mut y = make_rows(&self.cpu.pool, self.rows.len(), hidden, |first, y| {
+            for (row, y) in self.rows[first..].iter().zip(y.chunks_exact_mut(hidden)) {
+                match *row {
+                    RowSource::Token(id) => {
+                        table.row(id as usize, y);
+                        if *scale != 1.0 {
+                            y.iter_mut().for_each(|y| *y *= scale);
+                        }
+                    }
+                    RowSource::Soft(i) => y.copy_from_slice(&soft[i as usize * hidden..][..hidden]),
+                }
+            }
+        });
         if let Some(learned) = positions {
             for (&p, y) in self.positions.iter().zip(y.chunks_exact_mut(hidden)) {
                 let Some(row) = learned.get(p as usize * hidden..(p as usize + 1) * hidden) else {
@@ -102,16 +115,16 @@ mod tests {
         let mut embedding = Embedding { table, scale: 1.0, positions: None };
         let rows = vec![RowSource::Token(2), RowSource::Soft(0), RowSource::Token(0)];
         let at: Arc<[u32]> = vec![1, 2, 0].into();
-        let y = embed(&embedding, &soft, rows.clone(), &at).unwrap();
+        let y = embed(&embedding, &soft, rows.clone(), &at, &Cpu::new(1)).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[4., 5.], [10., 11.], [0., 1.]]);
         let one: Arc<[u32]> = vec![0].into();
-        assert!(embed(&embedding, &soft, vec![RowSource::Token(3)], &one).is_err());
-        assert!(embed(&embedding, &soft, vec![RowSource::Soft(1)], &one).is_err());
+        assert!(embed(&embedding, &soft, vec![RowSource::Token(3)], &one, &Cpu::new(1)).is_err());
+        assert!(embed(&embedding, &soft, vec![RowSource::Soft(1)], &one, &Cpu::new(1)).is_err());
         // The scale is for tokens, learned positions for all.
         embedding.scale = 2.0;
         embedding.positions = Some(vec![0.1, 0.2, 100., 200., 1000., 2000.].into());
-        let y = embed(&embedding, &soft, rows.clone(), &at).unwrap();
+        let y = embed(&embedding, &soft, rows.clone(), &at, &Cpu::new(1)).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[108., 210.], [1010., 2011.], [0.1, 2.2]]);
-        assert!(embed(&embedding, &soft, rows, &vec![1, 2, 3].into()).is_err());
+        assert!(embed(&embedding, &soft, rows, &vec![1, 2, 3].into(), &Cpu::new(1)).is_err());
     }
 }

@@ -1,4 +1,41 @@
-//! Float conversions and the exponential, the same bits on every instruction set.
+//! Float conversions and the exponential, the same bits on every instruction set; and which of those the CPU has.
+
+/// What a body that is compiled three times runs as.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX2 and FMA.
+    Avx2,
+    /// What every CPU of the architecture has.
+    Baseline,
+}
+
+/// The widest that the CPU has; a load and two tests once it is known.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub fn isa() -> Isa {
+    let fma = is_x86_feature_detected!("fma");
+    let wide = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
+    match (fma && wide, fma && is_x86_feature_detected!("avx2")) {
+        (true, _) => Isa::Avx512,
+        (false, true) => Isa::Avx2,
+        (false, false) => Isa::Baseline,
+    }
+}
+
+/// Whether the baseline multiplies and adds in one instruction: elsewhere `mul_add` is a library call per element.
+pub const BASELINE_FMA: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+
+/// a b + c, in one rounding if `FMA`.
+#[inline(always)]
+pub fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
 
 /// Rounds to the nearest bf16, ties to even; NaN stays NaN. Integer code: `vcvtneps2bf16` would flush denormals.
 #[inline(always)]

@@ -2,10 +2,11 @@
 #![allow(clippy::unwrap_used)]
 use super::activation::{Activation, Function};
 use super::embed::{Embedding, RowSource, embed};
-use super::linear::{Cpu, Isa, Linear, Packed};
+use super::float::{bf16_to_f32, f32_to_bf16};
+use super::linear::{Cpu, Isa, Kind, Linear, Packed, Scratch};
 use super::norm::{HeadNorm, Norm};
 use super::rope::{Frequencies, Heads, rope};
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use std::sync::Arc;
 
 fn noise(seed: usize, n: usize) -> Vec<f32> {
@@ -41,8 +42,8 @@ fn check(what: &str, shape: (usize, usize), op: impl Fn(&Tensor) -> Result<Tenso
     }
 }
 
-fn weight(n: usize, k: usize, dtype: DType) -> Tensor {
-    Tensor::from_vec(noise(3, n * k), (n, k), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+fn weight(n: usize, k: usize) -> Tensor {
+    Tensor::from_vec(noise(3, n * k), (n, k), &Device::Cpu).unwrap()
 }
 
 #[test]
@@ -50,7 +51,7 @@ fn linear() {
     for (m, k, n) in [(1, 5, 3), (3, 70, 33), (9, 130, 40)] {
         let cpu = Cpu::new(2);
         let bias = Tensor::from_vec(noise(5, n), n, &Device::Cpu).unwrap();
-        let f32 = Linear::new(&[weight(n, k, DType::F32)], &[Some(bias)], &cpu).unwrap();
+        let f32 = Linear::new(&[weight(n, k)], &[Some(bias)], &cpu).unwrap();
         check("linear", (m, k), |x| f32.forward(x));
         let residual = Tensor::from_vec(noise(4, m * n), (m, n), &Device::Cpu).unwrap();
         check("linear's x beside a residual", (m, k), |x| f32.forward_add(x, &residual));
@@ -59,31 +60,38 @@ fn linear() {
     }
 }
 
-/// bf16 rounds x in the forward pass, which differences would see as steps: dy W is checked itself, and bit for bit
-/// across rows and threads.
+/// bf16 and int8 round x in the forward pass, which differences would see as steps: dy W is checked itself, with dy and W as
+/// they are multiplied, and bit for bit across rows and threads.
 #[test]
 fn linear_input_gradient() {
-    let (m, k, n) = (7, 131, 45);
-    for dtype in [DType::F32, DType::BF16] {
-        let w = weight(n, k, dtype);
-        let rows = w.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
-        let packed = match dtype {
-            DType::BF16 => Packed::bf16(&w.flatten_all().unwrap().to_vec1().unwrap(), n, k, Isa::Auto),
-            _ => Packed::f32(&w.flatten_all().unwrap().to_vec1().unwrap(), n, k, Isa::Auto),
-        };
-        let dy = noise(6, m * n);
-        let run = |dy: &[f32], threads| {
-            let mut dx = vec![f32::NAN; dy.len() / n * k];
-            packed.backward(dy, dy.len() / n, &mut dx, &Cpu::new(threads).pool);
-            dx
-        };
-        let all = run(&dy, 2);
-        for r in 0..m {
-            for c in 0..k {
-                let want: f64 = (0..n).map(|j| f64::from(dy[r * n + j]) * f64::from(rows[j][c])).sum();
-                assert!((f64::from(all[r * k + c]) - want).abs() < 1e-5, "{dtype:?} {r} {c}");
+    let round = |v: &f32| bf16_to_f32(f32_to_bf16(*v));
+    for (m, k, n) in [(7, 131, 45), (30, 70, 2100), (1, 5, 3), (14, 600, 64)] {
+        let (w, dy) = (noise(3, n * k), noise(6, m * n));
+        let half: Vec<_> = w.iter().map(|v| half::bf16::from_f32(*v)).collect();
+        let packed =
+            [Packed::f32(&w, n, k, Isa::Auto), Packed::bf16(&half, n, k, Isa::Auto), Packed::int8(&w, n, k, Isa::Auto)];
+        for packed in packed {
+            let mut rows = vec![0f32; n * k];
+            rows.chunks_exact_mut(k).enumerate().for_each(|(j, row)| packed.row(j, row));
+            let mut rounded = dy.clone();
+            if packed.kind() != Kind::F32 {
+                rows.iter_mut().for_each(|w| *w = round(w));
+                rounded.iter_mut().for_each(|d| *d = round(d));
             }
-            assert_eq!(run(&dy[r * n..(r + 1) * n], 1), all[r * k..(r + 1) * k], "{dtype:?} row {r}");
+            let run = |dy: &[f32], threads| {
+                let mut dx = vec![f32::NAN; dy.len() / n * k];
+                packed.backward(dy, dy.len() / n, &mut dx, &mut Scratch::default(), &Cpu::new(threads).pool);
+                dx
+            };
+            let all = run(&dy, 2);
+            for r in 0..m {
+                for c in 0..k {
+                    let want: f64 = (0..n).map(|j| f64::from(rounded[r * n + j]) * f64::from(rows[j * k + c])).sum();
+                    let got = f64::from(all[r * k + c]);
+                    assert!((got - want).abs() < 1e-6 * n as f64, "{:?} {r} {c}: {got} {want}", packed.kind());
+                }
+                assert_eq!(run(&dy[r * n..(r + 1) * n], 1), all[r * k..(r + 1) * k], "{:?} row {r}", packed.kind());
+            }
         }
     }
 }
@@ -104,11 +112,11 @@ fn activations() {
 #[test]
 fn norms() {
     let (w, b) = (noise(7, 19), noise(8, 19));
-    let (rms, layer) = (Norm::rms(w.clone(), 1e-3), Norm::layer(w, b, 1e-3));
+    let (rms, layer) = (Norm::rms(w.clone(), 1e-3, &Cpu::new(2)), Norm::layer(w, b, 1e-3, &Cpu::new(2)));
     check("rms norm", (3, 19), |x| rms.forward(x));
     check("layer norm", (3, 19), |x| layer.forward(x));
     // 2 query heads, 1 key head, 1 value head of 6.
-    let heads = HeadNorm::new(noise(9, 6), noise(10, 6), 1e-3, 2, 1);
+    let heads = HeadNorm::new(noise(9, 6), noise(10, 6), 1e-3, [2, 1], &Cpu::new(2));
     check("head norm", (3, 24), |x| heads.forward(x));
 }
 
@@ -116,7 +124,7 @@ fn norms() {
 fn rotations() {
     let turns = Frequencies { inv_freq: vec![1.0, 0.3], scale: 1.2 }.at(&[0, 7, 39]);
     // Two heads of 6 turn in their first 4 elements; the rest of a row stays.
-    check("rope", (3, 17), |x| rope(x, &turns, Heads { count: 2, dim: 6 }));
+    check("rope", (3, 17), |x| rope(x, &turns, Heads { count: 2, dim: 6 }, &Cpu::new(2)));
 }
 
 #[test]
@@ -126,5 +134,5 @@ fn embeddings() {
     // Row 1 is used twice, row 2 never.
     let rows = [RowSource::Soft(1), RowSource::Token(4), RowSource::Soft(0), RowSource::Soft(1)];
     let positions: Arc<[u32]> = vec![0, 1, 2, 5].into();
-    check("embed", (3, 7), |soft| embed(&embedding, soft, rows.to_vec(), &positions));
+    check("embed", (3, 7), |soft| embed(&embedding, soft, rows.to_vec(), &positions, &Cpu::new(2)));
 }

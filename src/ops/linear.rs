@@ -3,15 +3,20 @@
 //! candle's matmul computes the gradient of both operands, widens bf16 at each call and sums in an order that
 //! depends on the number of rows. This op has none of that: the weight is not a tensor of the graph at all.
 mod buffer;
+mod pack;
 mod packed;
+mod product;
 mod tile;
+mod transposed;
 
-pub use packed::{Packed, Scratch};
+pub use packed::Packed;
+pub(super) use product::bench_tile;
+pub use product::{Addends, Scratch};
 pub use tile::{Isa, Kind};
 
 use super::{Pool, f32_slice};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
-use std::sync::{Arc, Mutex, PoisonError};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What the CPU ops of one model share: the threads, and memory that would otherwise be allocated at each call.
 pub struct Cpu {
@@ -24,6 +29,10 @@ impl Cpu {
     /// `threads` 0 means one a core.
     pub fn new(threads: usize) -> Arc<Self> {
         Arc::new(Cpu { pool: Pool::new(threads), scratch: Mutex::default() })
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -50,14 +59,26 @@ impl Linear {
     pub fn new(weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
         let weight = Tensor::cat(weights, 0)?;
         let (n, k) = weight.dims2()?;
-        let weight = match weight.dtype() {
+        let packed = match weight.dtype() {
             DType::BF16 => Packed::bf16(&weight.flatten_all()?.to_vec1::<half::bf16>()?, n, k, Isa::Auto),
             DType::F16 | DType::F32 => {
                 Packed::f32(&weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto)
             }
             other => bail!("linear: weights of type {other:?} are not supported"),
         };
-        let mut bias = vec![0f32; n];
+        Self::packed(packed, weights, biases, cpu)
+    }
+
+    /// The same with the weights rounded to int8; see [`Packed::int8`].
+    pub fn int8(weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
+        let weight = Tensor::cat(weights, 0)?.to_dtype(DType::F32)?;
+        let (n, k) = weight.dims2()?;
+        let packed = Packed::int8(&weight.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto);
+        Self::packed(packed, weights, biases, cpu)
+    }
+
+    fn packed(weight: Packed, weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
+        let mut bias = vec![0f32; weight.n()];
         let mut row = 0;
         for (w, b) in weights.iter().zip(biases) {
             let rows = w.dim(0)?;
@@ -94,23 +115,32 @@ impl Linear {
         dy.contiguous()?.apply_op1(InputGradient(self.clone()))
     }
 
+    /// What its ops share.
+    pub(super) fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// x `[m, k]` -> the elements of `[m, n]`, on the host, outside of any graph.
+    pub(super) fn values(&self, x: &Tensor) -> Result<Vec<f32>> {
+        let (storage, layout) = x.storage_and_layout();
+        let Storage::Cpu(x) = &*storage else { bail!("linear: x is not on the CPU") };
+        self.product(x, layout, None)
+    }
+
     fn run(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+        let y = self.product(x, layout, residual)?;
+        Ok((CpuStorage::F32(y), (layout.shape().dims2()?.0, self.weight.n()).into()))
+    }
+
+    fn product(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let x = f32_slice(x, layout, "linear")?;
         let (m, k) = layout.shape().dims2()?;
         let n = self.weight.n();
         if k != self.weight.k() {
             bail!("linear: x is [{m}, {k}], the weight [{n}, {}]", self.weight.k());
         }
-        let mut y = vec![0f32; m * n];
-        let mut scratch = self.cpu.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        self.weight.forward(x, m, &mut y, &mut scratch, &self.cpu.pool);
-        if let Some(bias) = &self.bias {
-            y.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(&**bias).for_each(|(y, b)| *y += b));
-        }
-        if let Some(residual) = residual {
-            y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
-        }
-        Ok((CpuStorage::F32(y), (m, n).into()))
+        let add = Addends { bias: self.bias.as_deref(), residual };
+        Ok(self.weight.forward(x, m, add, &mut self.cpu.scratch(), &self.cpu.pool))
     }
 }
 
@@ -143,7 +173,8 @@ impl CustomOp1 for InputGradient {
             bail!("linear: dy is [{m}, {n}], the weight [{}, {}]", weight.n(), weight.k());
         }
         let mut dx = vec![0f32; m * weight.k()];
-        weight.backward(f32_slice(dy, layout, "linear")?, m, &mut dx, &self.0.cpu.pool);
+        let cpu = &self.0.cpu;
+        weight.backward(f32_slice(dy, layout, "linear")?, m, &mut dx, &mut cpu.scratch(), &cpu.pool);
         Ok((CpuStorage::F32(dx), (m, weight.k()).into()))
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019; `LlamaRMSNorm`).
 //! LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016; `torch.nn.LayerNorm`).
-use super::f32_slice;
+use super::linear::Cpu;
+use super::{f32_slice, make_rows};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -13,17 +14,18 @@ pub struct Norm {
     /// Of a LayerNorm; `None`: RMSNorm.
     bias: Option<Arc<[f32]>>,
     eps: f32,
+    cpu: Arc<Cpu>,
 }
 
 impl Norm {
     /// RMSNorm; `weight` is `[hidden]`.
-    pub fn rms(weight: Vec<f32>, eps: f64) -> Self {
-        Norm { weight: weight.into(), bias: None, eps: eps as f32 }
+    pub fn rms(weight: Vec<f32>, eps: f64, cpu: &Arc<Cpu>) -> Self {
+        Norm { weight: weight.into(), bias: None, eps: eps as f32, cpu: cpu.clone() }
     }
 
     /// LayerNorm; both are `[hidden]`.
-    pub fn layer(weight: Vec<f32>, bias: Vec<f32>, eps: f64) -> Self {
-        Norm { weight: weight.into(), bias: Some(bias.into()), eps: eps as f32 }
+    pub fn layer(weight: Vec<f32>, bias: Vec<f32>, eps: f64, cpu: &Arc<Cpu>) -> Self {
+        Norm { weight: weight.into(), bias: Some(bias.into()), eps: eps as f32, cpu: cpu.clone() }
     }
 
     /// x `[m, hidden]` -> `[m, hidden]`.
@@ -43,11 +45,13 @@ impl CustomOp1 for Norm {
         if hidden != self.weight.len() || self.bias.as_ref().is_some_and(|b| b.len() != hidden) {
             bail!("norm: x is [{m}, {hidden}], the weight [{}]", self.weight.len());
         }
-        let mut y = vec![0f32; x.len()];
-        match &self.bias {
-            None => rms_norm(x, &self.weight, self.eps, &mut y),
-            Some(bias) => layer_norm(x, &self.weight, bias, self.eps, &mut y),
-        }
+        let y = make_rows(&self.cpu.pool, m, hidden, |row, y| {
+            let x = &x[row * hidden..][..y.len()];
+            match &self.bias {
+                None => rms_norm(x, &self.weight, self.eps, y),
+                Some(bias) => layer_norm(x, &self.weight, bias, self.eps, y),
+            }
+        });
         Ok((CpuStorage::F32(y), (m, hidden).into()))
     }
 
@@ -67,9 +71,12 @@ impl CustomOp2 for Gradient {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (f32_slice(x, xl, "norm")?, f32_slice(dy, dyl, "norm")?);
-        let Norm { weight, bias, eps } = &self.0;
-        let mut dx = vec![0f32; x.len()];
-        norm_gradient(x, dy, weight, bias.is_some(), *eps, &mut dx);
+        let Norm { weight, bias, eps, cpu } = &self.0;
+        let (m, hidden) = xl.shape().dims2()?;
+        let dx = make_rows(&cpu.pool, m, hidden, |row, dx| {
+            let own = row * hidden..row * hidden + dx.len();
+            norm_gradient(&x[own.clone()], &dy[own], weight, bias.is_some(), *eps, dx);
+        });
         Ok((CpuStorage::F32(dx), xl.shape().clone()))
     }
 }
@@ -84,12 +91,13 @@ pub struct HeadNorm {
     eps: f32,
     heads: usize,
     kv_heads: usize,
+    cpu: Arc<Cpu>,
 }
 
 impl HeadNorm {
     /// `q` and `k` are `[head_dim]`; a row starts with `heads` query heads, then `kv_heads` key heads.
-    pub fn new(q: Vec<f32>, k: Vec<f32>, eps: f64, heads: usize, kv_heads: usize) -> Self {
-        HeadNorm { q: q.into(), k: k.into(), eps: eps as f32, heads, kv_heads }
+    pub fn new(q: Vec<f32>, k: Vec<f32>, eps: f64, [heads, kv_heads]: [usize; 2], cpu: &Arc<Cpu>) -> Self {
+        HeadNorm { q: q.into(), k: k.into(), eps: eps as f32, heads, kv_heads, cpu: cpu.clone() }
     }
 
     /// `[m, width]`, `[q heads | k heads | v heads]` -> the same with q and k normed.
@@ -110,11 +118,13 @@ impl CustomOp1 for HeadNorm {
         if q + k > width {
             bail!("head_norm: x is [{m}, {width}], {} query and {} key heads", self.heads, self.kv_heads);
         }
-        let mut y = x.to_vec();
-        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-            rms_norm(&x[..q], &self.q, self.eps, &mut y[..q]);
-            rms_norm(&x[q..q + k], &self.k, self.eps, &mut y[q..q + k]);
-        }
+        let y = make_rows(&self.cpu.pool, m, width, |row, y| {
+            for (x, y) in x[row * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+                rms_norm(&x[..q], &self.q, self.eps, &mut y[..q]);
+                rms_norm(&x[q..q + k], &self.k, self.eps, &mut y[q..q + k]);
+                y[q + k..].copy_from_slice(&x[q + k..]);
+            }
+        });
         Ok((CpuStorage::F32(y), (m, width).into()))
     }
 
@@ -133,14 +143,17 @@ impl CustomOp2 for HeadGradient {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (f32_slice(x, xl, "head_norm")?, f32_slice(dy, dyl, "head_norm")?);
-        let HeadNorm { q, k, eps, heads, kv_heads } = &self.0;
-        let (width, q_end) = (xl.shape().dims2()?.1, heads * q.len());
+        let HeadNorm { q, k, eps, heads, kv_heads, cpu } = &self.0;
+        let ((m, width), q_end) = (xl.shape().dims2()?, heads * q.len());
         let k_end = q_end + kv_heads * k.len();
-        let mut dx = dy.to_vec();
-        for ((x, dy), dx) in x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
-            norm_gradient(&x[..q_end], &dy[..q_end], q, false, *eps, &mut dx[..q_end]);
-            norm_gradient(&x[q_end..k_end], &dy[q_end..k_end], k, false, *eps, &mut dx[q_end..k_end]);
-        }
+        let dx = make_rows(&cpu.pool, m, width, |row, dx| {
+            let rows = x[row * width..].chunks_exact(width).zip(dy[row * width..].chunks_exact(width));
+            for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
+                norm_gradient(&x[..q_end], &dy[..q_end], q, false, *eps, &mut dx[..q_end]);
+                norm_gradient(&x[q_end..k_end], &dy[q_end..k_end], k, false, *eps, &mut dx[q_end..k_end]);
+                dx[k_end..].copy_from_slice(&dy[k_end..]);
+            }
+        });
         Ok((CpuStorage::F32(dx), xl.shape().clone()))
     }
 }
@@ -192,7 +205,13 @@ simd! {
             // g in dx's place.
             dx.iter_mut().zip(dy).zip(weight).for_each(|((d, dy), w)| *d = dy * w);
             let mean_g = if centred { sum(dx, |v| v) / count } else { 0.0 };
-            let along = dx.iter().zip(x).map(|(g, x)| g * (x - mean)).sum::<f32>() * scale / count;
+            let mut sums = [0f32; 16];
+            for (g, x) in dx.chunks(16).zip(x.chunks(16)) {
+                for ((sum, g), x) in sums.iter_mut().zip(g).zip(x) {
+                    *sum += g * (x - mean);
+                }
+            }
+            let along = sums.iter().sum::<f32>() * scale / count;
             for (d, x) in dx.iter_mut().zip(x) {
                 *d = scale * (*d - mean_g - (x - mean) * scale * along);
             }
@@ -220,8 +239,9 @@ mod tests {
     fn agree_with_f64() {
         let (x, t) = rows(37);
         let (w, b) = (weight(37, 1.0), weight(37, -0.3));
-        let rms = Norm::rms(w.clone(), 1e-5).forward(&t).unwrap().to_vec2::<f32>().unwrap();
-        let layer = Norm::layer(w.clone(), b.clone(), 1e-5).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        let rms = Norm::rms(w.clone(), 1e-5, &Cpu::new(1)).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        let layer =
+            Norm::layer(w.clone(), b.clone(), 1e-5, &Cpu::new(1)).forward(&t).unwrap().to_vec2::<f32>().unwrap();
         for r in 0..2 {
             let row: Vec<f64> = x[r * 37..][..37].iter().map(|v| f64::from(*v)).collect();
             let mean = row.iter().sum::<f64>() / 37.0;
@@ -241,12 +261,16 @@ mod tests {
         // 2 query heads, 1 key head, 1 value head of 5.
         let (x, t) = rows(20);
         let (q, k) = (weight(5, 1.0), weight(5, 2.0));
-        let y = HeadNorm::new(q.clone(), k.clone(), 1e-6, 2, 1).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        let y = HeadNorm::new(q.clone(), k.clone(), 1e-6, [2, 1], &Cpu::new(1))
+            .forward(&t)
+            .unwrap()
+            .to_vec2::<f32>()
+            .unwrap();
         for r in 0..2 {
             for (head, w) in [(0, &q), (1, &q), (2, &k)] {
                 let part = &x[r * 20 + head * 5..][..5];
                 let t = Tensor::from_slice(part, (1, 5), &Device::Cpu).unwrap();
-                let want = Norm::rms(w.clone(), 1e-6).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+                let want = Norm::rms(w.clone(), 1e-6, &Cpu::new(1)).forward(&t).unwrap().to_vec2::<f32>().unwrap();
                 assert_eq!(y[r][head * 5..][..5], want[0]);
             }
             assert_eq!(y[r][15..], x[r * 20 + 15..][..5]);

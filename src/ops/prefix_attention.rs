@@ -9,19 +9,26 @@
 //! # Fixed splits
 //! The keys of a sequence are cut at the prefix's end and at every 256 slots of either part. Each span
 //! gives (m, l, o) = (max score, sum of exp(s - m), sum of exp(s - m) v), and spans merge in order by
-//! log-sum-exp: m' = max(m_a, m_b), w = exp(m - m'), l' = sum w l, o' = sum w o; an empty side (m = -inf) is
+//! log-sum-exp: m' = max(m_a, m_b), w = exp(m - m'), l' = sum w l, o' = sum w o; a span of which a row sees nothing is
 //! skipped. Keys come from the pool also for rows of the same chunk. So a row's bits depend neither on
 //! the chunk it was computed in nor on its neighbours.
+//!
+//! # Groups
+//! A unit of work is one KV head and up to 16 rows of sequences with the same prefix: each page of the prefix is read once for
+//! all of them and all query heads of the KV head, each own page once for the rows of its sequence.
 //!
 //! # Pages
 //! K of a page is stored transposed, `[kv_heads, head_dim, PAGE]`: one 16-lane accumulator holds the scores of a
 //! page. V is `[kv_heads, PAGE, head_dim]`. Slots past a sequence's end may hold anything, NaN included.
 mod packed;
+mod span;
 
 pub use packed::{PackedPlan, PackedSequence, packed_attention};
 
-use super::{Pool, Shared, f32_slice, float, linear::Cpu};
+use super::{Pool, Shared, f32_slice, linear::Cpu};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use span::{QUERIES, Query, Span, add_span};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -82,8 +89,10 @@ pub struct Attention {
 pub struct Plan {
     sequences: Vec<SequenceView>,
     pages: Vec<u32>,
-    /// (sequence, KV head, rows), the long ones first.
-    work: Vec<(usize, usize, Range<usize>)>,
+    /// What runs together for each KV head, the long ones first; ranges of `parts`.
+    units: Vec<Range<usize>>,
+    /// A sequence and some of its rows.
+    parts: Vec<(usize, Range<usize>)>,
     layout: KvLayout,
     heads: usize,
 }
@@ -91,19 +100,46 @@ pub struct Plan {
 impl Plan {
     /// `heads` query heads read `layout.kv_heads` KV heads, `heads / kv_heads` each.
     pub fn new(sequences: Vec<SequenceView>, pages: Vec<u32>, layout: KvLayout, heads: usize) -> Self {
-        let mut work = Vec::new();
+        // Sequences with the same prefix side by side: its first page and its length tell, as pages are never shared in part.
+        let mut groups: HashMap<(Option<u32>, usize), Vec<usize>> = HashMap::new();
+        let mut order = Vec::new();
         for (i, s) in sequences.iter().enumerate() {
-            for start in s.rows.clone().step_by(ROWS) {
-                let rows = start..s.rows.end.min(start + ROWS);
-                work.extend((0..layout.kv_heads).map(|head| (i, head, rows.clone())));
+            let first = pages.get(s.prefix_pages.start).copied().filter(|_| s.prefix_len > 0);
+            let alone = if s.prefix_len == 0 { i } else { 0 };
+            let group = groups.entry((first, s.prefix_len + alone)).or_default();
+            if group.is_empty() {
+                order.push((first, s.prefix_len + alone));
+            }
+            group.push(i);
+        }
+        let (mut units, mut parts, mut costs) = (Vec::new(), Vec::new(), Vec::new());
+        for key in order {
+            let (mut start, mut rows, mut cost) = (parts.len(), 0, 0);
+            for i in groups.remove(&key).unwrap_or_default() {
+                let s = &sequences[i];
+                let mut from = s.rows.start;
+                while from < s.rows.end {
+                    let to = s.rows.end.min(from + ROWS - rows);
+                    parts.push((i, from..to));
+                    cost += (to - from) * (s.prefix_len + s.first + to - s.rows.start);
+                    rows += to - from;
+                    from = to;
+                    if rows == ROWS {
+                        units.push(start..parts.len());
+                        costs.push(cost);
+                        (start, rows, cost) = (parts.len(), 0, 0);
+                    }
+                }
+            }
+            if rows > 0 {
+                units.push(start..parts.len());
+                costs.push(cost);
             }
         }
-        let cost = |(i, _, rows): &(usize, usize, Range<usize>)| {
-            let s: &SequenceView = &sequences[*i];
-            rows.len() * (s.prefix_len + s.first + rows.end - s.rows.start)
-        };
-        work.sort_by_key(|w| std::cmp::Reverse(cost(w)));
-        Plan { sequences, pages, work, layout, heads }
+        let mut by_cost: Vec<usize> = (0..units.len()).collect();
+        by_cost.sort_by_key(|i| std::cmp::Reverse(costs[*i]));
+        let units = by_cost.into_iter().map(|i| units[i].clone()).collect();
+        Plan { sequences, pages, units, parts, layout, heads }
     }
 }
 
@@ -191,175 +227,113 @@ struct Input<'a> {
 impl Input<'_> {
     fn run(&self, pool: &Pool, out: &mut [f32]) {
         let plan = self.plan;
-        let (group, dim) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim);
+        let heads = plan.layout.kv_heads;
         let out = Shared(out.as_mut_ptr());
-        pool.for_each(plan.work.len(), |i| {
-            let (sequence, kv_head, rows) = &plan.work[i];
-            for row in rows.clone() {
-                // SAFETY: (row, kv_head) belongs to one unit of work, and its heads are neighbours.
-                let out = unsafe {
-                    let start = (row * plan.heads + kv_head * group) * dim;
-                    std::slice::from_raw_parts_mut(out.get().add(start), group * dim)
-                };
-                self.row(&plan.sequences[*sequence], *kv_head, row, out);
-            }
+        pool.for_each(plan.units.len() * heads, |i| {
+            let (parts, head) = (&plan.parts[plan.units[i / heads].clone()], i % heads);
+            let unit = Unit::new(self, parts, head);
+            // SAFETY: (row, KV head) belongs to one unit of work.
+            unsafe { unit.run(out) }
         });
     }
-
-    /// All query heads of one row that read `kv_head`; `out` `[group, head_dim]`.
-    fn row(&self, s: &SequenceView, kv_head: usize, row: usize, out: &mut [f32]) {
-        let (plan, dim) = (self.plan, self.plan.layout.head_dim);
-        let position = s.first + row - s.rows.start;
-        let own = if self.attention.causal { position + 1 } else { s.first + s.rows.len() };
-        // Slots before this one have left the window.
-        let seen = self.attention.window.map_or(0, |w| (s.prefix_len + position + 1).saturating_sub(w));
-        for (g, out) in out.chunks_exact_mut(dim).enumerate() {
-            let head = kv_head * (plan.heads / plan.layout.kv_heads) + g;
-            let query = &self.qkv[row * self.width + head * dim..][..dim];
-            let mut sum = Partial { max: f32::NEG_INFINITY, sum: 0.0 };
-            let parts = [(&s.prefix_pages, s.prefix_len, seen), (&s.own_pages, own, seen.saturating_sub(s.prefix_len))];
-            for (pages, len, seen) in parts {
-                // Spans start where they always start, in the window or not: that keeps their bits.
-                for start in (seen / SPAN * SPAN..len).step_by(SPAN) {
-                    let first = seen.saturating_sub(start);
-                    if first >= len - start {
-                        continue;
-                    }
-                    let pages = &plan.pages[pages.clone()][start / PAGE..];
-                    let len = SPAN.min(len - start);
-                    let span = Span {
-                        keys: self.keys,
-                        values: self.values,
-                        pages: &pages[..len.div_ceil(PAGE)],
-                        first,
-                        len,
-                        page_len: plan.layout.page_len(),
-                        head: kv_head * dim * PAGE,
-                        scale: self.attention.scale,
-                        soft_cap: self.attention.soft_cap,
-                    };
-                    add_span(&span, query, &mut sum, out);
-                }
-            }
-            let scale = 1.0 / sum.sum;
-            out.iter_mut().for_each(|o| *o *= scale);
-        }
-    }
 }
 
-/// Consecutive slots of one sequence and KV head.
-struct Span<'a> {
-    keys: &'a [f32],
-    values: &'a [f32],
-    pages: &'a [u32],
-    /// Slots before it are not seen.
-    first: usize,
-    len: usize,
-    page_len: usize,
-    /// First element of the head within a page.
+/// Rows of sequences with one prefix, and one KV head.
+struct Unit<'a> {
+    input: &'a Input<'a>,
+    parts: &'a [(usize, Range<usize>)],
     head: usize,
-    scale: f32,
-    soft_cap: Option<f32>,
 }
 
-/// Largest score so far, and the sum of exponentials relative to it.
-struct Partial {
-    max: f32,
-    sum: f32,
+/// A row of a unit.
+struct Row {
+    index: usize,
+    /// Own position.
+    position: usize,
+    /// Own slots that it sees end here.
+    end: usize,
 }
 
-simd! {
-    /// Scores of the span, its softmax sums, and their merge into (`total`, `out`).
-    fn add_span(span: &Span<'_>, query: &[f32], total: &mut Partial, out: &mut [f32]) {
-        let dim = query.len();
-        let mut scores = [f32::NEG_INFINITY; SPAN];
-        let page = |i: usize| span.pages[i] as usize * span.page_len + span.head;
-        // Four pages at a time hide the latency of the additions; each score is its own sum over ascending d.
-        let mut p = span.first / PAGE;
-        while p < span.pages.len() {
-            let last = span.pages.len() - 1;
-            let k: [&[f32]; 4] = std::array::from_fn(|i| &span.keys[page((p + i).min(last))..][..dim * PAGE]);
-            let mut acc = [[0f32; PAGE]; 4];
-            for (d, q) in query.iter().enumerate() {
-                for (acc, k) in acc.iter_mut().zip(k) {
-                    for (a, k) in acc.iter_mut().zip(&k[d * PAGE..(d + 1) * PAGE]) {
-                        *a += q * k;
-                    }
-                }
-            }
-            for (i, acc) in acc.iter().enumerate().take(span.pages.len() - p) {
-                for (l, a) in acc.iter().enumerate() {
-                    let slot = (p + i) * PAGE + l;
-                    // Slots past the end may hold NaN.
-                    let seen = slot >= span.first && slot < span.len;
-                    scores[slot] = if seen { a * span.scale } else { f32::NEG_INFINITY };
-                }
-            }
-            p += 4;
+impl<'a> Unit<'a> {
+    fn new(input: &'a Input<'a>, parts: &'a [(usize, Range<usize>)], head: usize) -> Self {
+        Unit { input, parts, head }
+    }
+
+    /// # Safety
+    /// `out` is `[m, heads * head_dim]`, and nobody else writes the elements of these rows' heads.
+    unsafe fn run(&self, out: Shared<f32>) {
+        let (plan, attention) = (self.input.plan, self.input.attention);
+        let (group, dim) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim);
+        let mut rows = Vec::with_capacity(ROWS);
+        for (i, range) in self.parts {
+            let s = &plan.sequences[*i];
+            rows.extend(range.clone().map(|index| {
+                let position = s.first + index - s.rows.start;
+                Row { index, position, end: if attention.causal { position + 1 } else { s.first + s.rows.len() } }
+            }));
         }
-        let padded = &mut scores[..span.pages.len() * PAGE];
-        if let Some(cap) = span.soft_cap {
-            for s in padded.iter_mut().filter(|s| **s > f32::NEG_INFINITY) {
-                *s = cap * float::tanh(*s / cap);
-            }
-        }
-        let mut max = [f32::NEG_INFINITY; PAGE];
-        for chunk in padded.chunks_exact(PAGE) {
-            max.iter_mut().zip(chunk).for_each(|(m, s)| *m = if *s > *m { *s } else { *m });
-        }
-        let max = max.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
-        let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
-        let mut sums = [0f32; PAGE];
-        for chunk in padded.chunks_exact_mut(PAGE) {
-            for (sum, s) in sums.iter_mut().zip(chunk) {
-                *s = float::exp(*s - max);
-                *sum += *s;
-            }
-        }
-        let sum: f32 = sums.iter().sum();
-        // Merge: both sides relative to the larger maximum.
-        let merged = if total.max > max { total.max } else { max };
-        let (old, new) = (float::exp(total.max - merged), float::exp(max - merged));
-        total.sum = total.sum * old + sum * new;
-        total.max = merged;
-        let mut d = 0;
-        while d < dim {
-            d += if dim - d >= 64 {
-                weighted::<64>(span, &scores, d, dim, old, new, out)
-            } else if dim - d >= 16 {
-                weighted::<16>(span, &scores, d, dim, old, new, out)
-            } else {
-                weighted::<1>(span, &scores, d, dim, old, new, out)
+        let mut queries: Vec<Query<'_>> = Vec::with_capacity(rows.len() * group);
+        for row in &rows {
+            // SAFETY: the caller's; rows differ, and the heads of a group are neighbours.
+            let out = unsafe {
+                let start = (row.index * plan.heads + self.head * group) * dim;
+                std::slice::from_raw_parts_mut(out.get().add(start), group * dim)
             };
+            for (g, out) in out.chunks_exact_mut(dim).enumerate() {
+                let q = &self.input.qkv[row.index * self.input.width + (self.head * group + g) * dim..][..dim];
+                queries.push(Query { q, seen: 0..0, max: f32::NEG_INFINITY, sum: 0.0, out });
+            }
+        }
+        let first = &plan.sequences[self.parts[0].0];
+        let (prefix_len, pages) = (first.prefix_len, &plan.pages[first.prefix_pages.clone()]);
+        // Slots before this one have left a row's window.
+        let gone = |row: &Row| attention.window.map_or(0, |w| (prefix_len + row.position + 1).saturating_sub(w));
+        self.spans(pages, &rows, &mut queries, |row| gone(row)..prefix_len);
+        let mut done = 0;
+        for (i, range) in self.parts {
+            let rows = &rows[done..done + range.len()];
+            let queries = &mut queries[done * group..(done + range.len()) * group];
+            let pages = &plan.pages[plan.sequences[*i].own_pages.clone()];
+            self.spans(pages, rows, queries, |row| gone(row).saturating_sub(prefix_len)..row.end);
+            done += range.len();
+        }
+        for query in &mut queries {
+            let scale = 1.0 / query.sum;
+            query.out.iter_mut().for_each(|o| *o *= scale);
         }
     }
-}
 
-/// Elements `d..d + N` of the span's weighted sum of V, over ascending slots, merged into `out`. Returns N. Slots
-/// that are not seen have the weight 0.
-#[inline(always)]
-fn weighted<const N: usize>(
-    span: &Span<'_>,
-    p: &[f32; SPAN],
-    d: usize,
-    dim: usize,
-    old: f32,
-    new: f32,
-    out: &mut [f32],
-) -> usize {
-    let mut acc = [0f32; N];
-    for (slots, &page) in p[..span.len].chunks(PAGE).zip(span.pages) {
-        let v = &span.values[page as usize * span.page_len + span.head..][..PAGE * dim];
-        for (p, v) in slots.iter().zip(v.chunks_exact(dim)) {
-            for (a, v) in acc.iter_mut().zip(&v[d..d + N]) {
-                *a += p * v;
+    /// Adds the spans of one part of the keys; `seen` tells which of its slots a row sees.
+    fn spans(&self, pages: &[u32], rows: &[Row], queries: &mut [Query<'_>], seen: impl Fn(&Row) -> Range<usize>) {
+        let (plan, attention) = (self.input.plan, self.input.attention);
+        let group = queries.len() / rows.len();
+        let end = rows.iter().map(|row| seen(row).end).max().unwrap_or(0);
+        let first = rows.iter().map(|row| seen(row).start).min().unwrap_or(0);
+        // Spans start where they always start, in the window or not: that keeps their bits.
+        for start in (first / SPAN * SPAN..end).step_by(SPAN) {
+            let span = Span {
+                keys: self.input.keys,
+                values: self.input.values,
+                pages: &pages[start / PAGE..pages.len().min((start + SPAN) / PAGE)],
+                page_len: plan.layout.page_len(),
+                head: self.head * plan.layout.head_dim * PAGE,
+                scale: attention.scale,
+                soft_cap: attention.soft_cap,
+            };
+            // Rows that see nothing of it are no part of a block: it would move their maximum.
+            let within = |row: &Row| {
+                let seen = seen(row);
+                seen.start.clamp(start, start + SPAN) - start..seen.end.clamp(start, start + SPAN) - start
+            };
+            for (row, queries) in rows.iter().zip(queries.chunks_exact_mut(group)) {
+                queries.iter_mut().for_each(|q| q.seen = within(row));
+            }
+            let blocks = queries.chunk_by_mut(|a, b| a.seen.is_empty() == b.seen.is_empty());
+            for block in blocks.filter(|block| !block[0].seen.is_empty()) {
+                block.chunks_mut(QUERIES).for_each(|queries| add_span(&span, queries));
             }
         }
     }
-    for (o, a) in out[d..d + N].iter_mut().zip(acc) {
-        *o = *o * old + a * new;
-    }
-    N
 }
 
 #[cfg(test)]

@@ -38,15 +38,48 @@ simd! {
     }
 }
 
-/// The largest logit's index, the first among equals.
+/// The largest logit's index, the first among equals; NaN is none of them.
 pub fn argmax(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (i, x) in logits.iter().enumerate() {
-        if *x > logits[best] || (logits[best].is_nan() && !x.is_nan()) {
-            best = i;
+    let mut max = [f32::NEG_INFINITY; 16];
+    most(logits, &mut max);
+    let max = max.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    let mut at = 0;
+    find(logits, max, &mut at);
+    if at < logits.len() { at } else { 0 }
+}
+
+simd! {
+    fn most(logits: &[f32], max: &mut [f32; 16]) {
+        let mut lanes = [[f32::NEG_INFINITY; 16]; 4];
+        let mut blocks = logits.chunks_exact(64);
+        for block in &mut blocks {
+            for (lanes, chunk) in lanes.iter_mut().zip(block.chunks_exact(16)) {
+                lanes.iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+            }
+        }
+        for chunk in blocks.remainder().chunks(16) {
+            lanes[0].iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+        }
+        for lanes in lanes {
+            max.iter_mut().zip(lanes).for_each(|(m, x)| *m = if x > *m { x } else { *m });
         }
     }
-    best
+}
+
+simd! {
+    /// The first index of `value`, or the number of logits.
+    fn find(logits: &[f32], value: f32, at: &mut usize) {
+        let blocks = logits.chunks_exact(64);
+        let mut start = 0;
+        for block in blocks {
+            let hits: u32 = block.iter().map(|x| u32::from(*x == value)).sum();
+            if hits > 0 {
+                break;
+            }
+            start += 64;
+        }
+        *at = start + logits[start..].iter().position(|x| *x == value).unwrap_or(logits.len() - start);
+    }
 }
 
 /// The `n` largest as `(index, logit)`, best first, smaller indices first among equals.

@@ -131,7 +131,7 @@ impl Admission {
         let score_from = (output.input_logprobs && input.rows.len() > 1).then_some(1);
         let seed = sampling.seed;
         let first = Request {
-            top_logprobs: output.logprobs.unwrap_or(0) as usize,
+            top_logprobs: output.logprobs.map(|k| k as usize),
             ..sequence(call, &input.who, input.rows, sampling, stopping)
         };
         let requests = (0..n as u64).map(|i| Request {
@@ -300,7 +300,7 @@ fn sequence(call: &Call, who: &Who, input: Vec<InputRow>, sampling: Sampling, st
         sampling,
         stopping,
         score_from: None,
-        top_logprobs: 0,
+        top_logprobs: None,
         deadline: call.deadline,
         arrival: call.arrival,
     }

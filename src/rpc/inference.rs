@@ -92,8 +92,8 @@ impl Inference {
         let choice = |(index, o): (usize, &Outcome)| proto::Choice {
             index: index as u32,
             text: o.text.clone(),
-            token_ids: if admitted.wanted.token_ids { o.tokens.iter().map(|t| t.id).collect() } else { Vec::new() },
-            logprobs: if admitted.wanted.logprobs { vocabulary.logprobs(&o.tokens) } else { Vec::new() },
+            token_ids: if admitted.wanted.token_ids { o.tokens.clone() } else { Vec::new() },
+            logprobs: if admitted.wanted.logprobs { vocabulary.logprobs(&o.logprobs) } else { Vec::new() },
             finish_reason: convert::finish_reason(o.finish.reason).into(),
             stop_sequence: o.finish.stop_sequence.clone().unwrap_or_default(),
         };

@@ -14,7 +14,9 @@ pub struct Outcome {
     /// Logits of the classes, if a head classified it.
     pub pooled: Vec<f32>,
     /// Generated tokens.
-    pub tokens: Vec<TokenLogprob>,
+    pub tokens: Vec<u32>,
+    /// Their log-probabilities, if asked for.
+    pub logprobs: Vec<TokenLogprob>,
     /// Generated text.
     pub text: String,
     /// How it ended.
@@ -62,18 +64,20 @@ pub fn stopped() -> Error {
 }
 
 async fn collect(receiver: &mut Receiver<Event>) -> Result<Outcome> {
-    let (mut scored, mut pooled, mut tokens, mut text) = (Vec::new(), Vec::new(), Vec::new(), String::new());
+    let (mut scored, mut pooled, mut text) = (Vec::new(), Vec::new(), String::new());
+    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
     loop {
         match receiver.recv().await.ok_or_else(stopped)? {
-            Event::Scored(logprobs) => scored = logprobs,
+            Event::Scored(all) => scored = all,
             Event::Pooled(logits) => pooled = logits,
-            Event::Token { token, text: piece } => {
-                tokens.push(token);
+            Event::Token { id, logprob, text: piece } => {
+                tokens.push(id);
+                logprobs.extend(logprob);
                 text.push_str(&piece);
             }
             Event::Finished(finish) => {
                 text.push_str(&finish.text);
-                return Ok(Outcome { scored, pooled, tokens, text, finish });
+                return Ok(Outcome { scored, pooled, tokens, logprobs, text, finish });
             }
             Event::Failed(error) => return Err(error),
         }

@@ -70,22 +70,23 @@ impl Answer {
             }
             // A stream never asks for a class.
             Event::Pooled(_) => {}
-            Event::Token { token, text } => self.token(index, &token, text),
+            Event::Token { id, logprob, text } => self.token(index, id, logprob, text),
             Event::Finished(finish) => self.finished(index, finish),
             Event::Failed(error) => self.fail(error),
         }
     }
 
-    fn token(&mut self, index: usize, token: &TokenLogprob, text: String) {
-        let Wanted { logprobs, token_ids } = self.wanted;
-        if text.is_empty() && !logprobs && !token_ids {
+    fn token(&mut self, index: usize, id: u32, logprob: Option<TokenLogprob>, text: String) {
+        let logprob = logprob.filter(|_| self.wanted.logprobs);
+        let token_ids = self.wanted.token_ids;
+        if text.is_empty() && logprob.is_none() && !token_ids {
             return;
         }
         let choice = proto::Choice {
             index: index as u32,
             text,
-            token_ids: if token_ids { vec![token.id] } else { Vec::new() },
-            logprobs: if logprobs { vec![self.vocabulary.logprob(token)] } else { Vec::new() },
+            token_ids: if token_ids { vec![id] } else { Vec::new() },
+            logprobs: logprob.iter().map(|l| self.vocabulary.logprob(l)).collect(),
             ..Default::default()
         };
         let message = proto::GenerateStreamResponse { choice: Some(choice), ..self.message() };

@@ -119,7 +119,7 @@ pub fn request(prefix: Option<Arc<Prefix>>, tokens: &[u32], max_new_tokens: usiz
         sampling: Sampling::default(),
         stopping: Stopping { max_new_tokens, ignore_eos: true, ..Stopping::default() },
         score_from: None,
-        top_logprobs: 0,
+        top_logprobs: Some(0),
         deadline: None,
         arrival: Instant::now(),
     }
@@ -156,8 +156,8 @@ pub fn collect(mut events: tokio::sync::mpsc::Receiver<Event>) -> Answer {
         match events.blocking_recv().expect("the engine ends every request") {
             Event::Scored(s) => scored = s,
             Event::Pooled(logits) => pooled = logits,
-            Event::Token { token, text: piece } => {
-                tokens.push(token);
+            Event::Token { logprob, text: piece, .. } => {
+                tokens.push(logprob.expect("every request of the tests asks for it"));
                 text += &piece;
             }
             Event::Finished(finish) => {

@@ -1,0 +1,281 @@
+//! y = x W^T: the blocked product that streams the panels, and what is added to y on its way out.
+use super::buffer::Buffer;
+use super::pack::{RowScale, pack_rows};
+use super::packed::Packed;
+use super::tile::{COLUMNS, LINE, Tile};
+use crate::ops::{Pool, Shared};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Packed x kept hot in L2 while a chunk of panels streams by.
+const X_BLOCK_BYTES: usize = 256 << 10;
+/// Distance of the prefetch when one tile covers all rows.
+const PREFETCH_BYTES: usize = 8192;
+/// W of one step of k, and of one line.
+const STEP_BYTES: usize = COLUMNS * 4;
+const LINE_BYTES: usize = LINE * STEP_BYTES;
+/// W in one unit of work.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Below so many elements of x the caller packs alone.
+const PARALLEL_PACK: usize = 1 << 14;
+
+/// Where x is packed; grows to the largest call.
+pub struct Scratch {
+    x: Buffer,
+    scales: Vec<RowScale>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch { x: Buffer::zeroed(0), scales: Vec::new() }
+    }
+}
+
+/// What is added to a product while it is in the cache: y = (x W^T + bias) + residual.
+#[derive(Clone, Copy, Default)]
+pub struct Addends<'a> {
+    /// `[n]`
+    pub bias: Option<&'a [f32]>,
+    /// `[m, n]`
+    pub residual: Option<&'a [f32]>,
+}
+
+/// `m` rows in `count` tiles of nearly equal size: 13 rows are 6 + 7.
+#[derive(Clone, Copy)]
+pub(super) struct Tiles {
+    m: usize,
+    pub count: usize,
+}
+
+impl Tiles {
+    pub fn new(m: usize, most: usize) -> Self {
+        Tiles { m, count: m.div_ceil(most) }
+    }
+
+    pub fn start(&self, tile: usize) -> usize {
+        tile * self.m / self.count
+    }
+}
+
+/// x as the tiles read it: line l of row r of a tile of M rows that starts at row s is at dword s * lines * 16 + (l * M + r
+/// - s) * 16; its scales are at s * groups + g * M + r - s.
+pub(super) struct PackedRows {
+    pub tiles: Tiles,
+    pub x: *const u32,
+    pub scales: *const RowScale,
+}
+
+impl Scratch {
+    /// Packs x `[m, k]`.
+    pub(super) fn pack(
+        &mut self,
+        x: &[f32],
+        m: usize,
+        most: usize,
+        layout: super::pack::RowLayout,
+        pool: &Pool,
+    ) -> PackedRows {
+        let (tiles, dwords, groups) = (Tiles::new(m, most), layout.lines * LINE, layout.groups());
+        if self.x.len() < m * dwords {
+            self.x = Buffer::zeroed(m * dwords);
+        }
+        if self.scales.len() < m * groups {
+            self.scales.resize(m * groups, (0.0, 0));
+        }
+        let (out, scales) = (Shared(self.x.as_mut_ptr()), Shared(self.scales.as_mut_ptr()));
+        let wide = m * layout.k >= PARALLEL_PACK;
+        // A tile is cut where one tile alone would be the work of one thread.
+        let parts =
+            if wide && layout.kind != super::Kind::Int8 { (pool.threads() * 2).div_ceil(tiles.count) } else { 1 };
+        let parts = parts.min(layout.lines.max(1));
+        let pack = |unit: usize| {
+            let (tile, part) = (unit / parts, unit % parts);
+            let (start, end) = (tiles.start(tile), tiles.start(tile + 1));
+            let (first, last) = (part * layout.lines / parts, (part + 1) * layout.lines / parts);
+            let rows = end - start;
+            // SAFETY: the lines of a part of a tile are contiguous and this unit's alone, and so are the scales of a tile, of
+            // which only kinds that are not cut have any.
+            let (out, scales) = unsafe {
+                let out = out.get().add(start * dwords + first * rows * LINE);
+                let scales = scales.get().add(start * groups);
+                (
+                    std::slice::from_raw_parts_mut(out, (last - first) * rows * LINE),
+                    std::slice::from_raw_parts_mut(scales, if parts == 1 { rows * groups } else { 0 }),
+                )
+            };
+            pack_rows(&layout, &x[start * layout.k..end * layout.k], first, out, scales);
+        };
+        let units = tiles.count * parts;
+        if wide {
+            pool.for_each(units, pack)
+        } else {
+            (0..units).for_each(pack)
+        }
+        PackedRows { tiles, x: self.x.as_ptr(), scales: self.scales.as_ptr() }
+    }
+}
+
+/// Panels dealt out to threads in one run each, which is what a prefetch of the next one counts on; who is done helps the
+/// others. Each is taken once.
+struct Shares {
+    panels: usize,
+    /// The next one of each share.
+    next: Vec<AtomicUsize>,
+}
+
+impl Shares {
+    fn new(panels: usize, threads: usize) -> Self {
+        Shares { panels, next: (0..threads).map(|t| AtomicUsize::new(t * panels / threads)).collect() }
+    }
+
+    /// Takes up to `chunk` panels at a time until there are none.
+    fn each(&self, thread: usize, chunk: usize, mut f: impl FnMut(Range<usize>)) {
+        let threads = self.next.len();
+        for share in (thread..thread + threads).map(|t| t % threads) {
+            let end = (share + 1) * self.panels / threads;
+            loop {
+                let start = self.next[share].fetch_add(chunk, Relaxed);
+                if start >= end {
+                    break;
+                }
+                f(start..end.min(start + chunk));
+            }
+        }
+    }
+}
+
+impl Packed {
+    /// x `[m, k]` -> x W^T and what is added, `[m, n]`. Row-major, contiguous.
+    pub fn forward(&self, x: &[f32], m: usize, add: Addends<'_>, scratch: &mut Scratch, pool: &Pool) -> Vec<f32> {
+        assert_eq!(x.len(), m * self.k());
+        assert!(add.bias.is_none_or(|b| b.len() == self.n) && add.residual.is_none_or(|r| r.len() == m * self.n));
+        if m * self.n * self.k() == 0 {
+            return vec![0.0; m * self.n];
+        }
+        let rows = scratch.pack(x, m, self.kernels.rows.len(), self.rows, pool);
+        let (x, scales) = (Shared(rows.x.cast_mut()), Shared(rows.scales.cast_mut()));
+        let panels = self.n.div_ceil(COLUMNS);
+        // Where all of x stays in L2, panels go one by one; else some share the reading of a block of x.
+        let small = m * self.rows.lines * LINE * 4 <= 2 * X_BLOCK_BYTES;
+        let chunk = if small { 1 } else { (CHUNK_BYTES / (self.panel * 4)).max(1) };
+        let shares = Shares::new(panels, pool.threads());
+        // Not zeroed: at hundreds of rows that would cost a tenth of the product.
+        let mut all = Vec::with_capacity(m * self.n);
+        let y = Shared(all.as_mut_ptr());
+        pool.run(&|thread| {
+            let rows = PackedRows { tiles: rows.tiles, x: x.get(), scales: scales.get() };
+            shares.each(thread, chunk, |some| {
+                // SAFETY: columns of distinct panels are disjoint.
+                unsafe { self.panels(some, &rows, y.get(), add) }
+            });
+        });
+        // SAFETY: the first block of each tile and panel writes its elements, and all panels are done.
+        unsafe { all.set_len(m * self.n) };
+        all
+    }
+
+    /// All rows times some panels: blocks of x stay in L2, W streams by.
+    ///
+    /// # Safety
+    /// `rows` holds the packed tiles, `y` is `[m, n]`, and nobody else writes these panels' columns.
+    unsafe fn panels(&self, panels: Range<usize>, rows: &PackedRows, y: *mut f32, add: Addends<'_>) {
+        let (lines, group_lines, groups) = (self.rows.lines, self.rows.group_lines, self.rows.groups());
+        let (dwords, tiles) = (lines * LINE, rows.tiles);
+        let block_rows = X_BLOCK_BYTES / (dwords * 4);
+        let scaled = usize::from(self.kind() == super::Kind::Int8);
+        let mut t0 = 0;
+        while t0 < tiles.count {
+            let mut t1 = t0 + 1;
+            while t1 < tiles.count && tiles.start(t1 + 1) - tiles.start(t0) <= block_rows {
+                t1 += 1;
+            }
+            // Two tiles read these 16 KiB of W from L1: measured 13 % faster at 16 rows. A block is whole groups.
+            let k_block = if t1 - t0 == 2 { 8usize.next_multiple_of(group_lines).min(lines) } else { lines };
+            for p in panels.clone() {
+                let columns = COLUMNS.min(self.n - p * COLUMNS);
+                for line in (0..lines).step_by(k_block) {
+                    let block = k_block.min(lines - line);
+                    let group = line / group_lines;
+                    // SAFETY: in bounds by construction; prefetch addresses may run past the end (wrapping).
+                    unsafe {
+                        let w = self.buffer.as_ptr().add(p * self.panel + (line * LINE + scaled * group) * COLUMNS);
+                        let after = w.wrapping_add(block * LINE * COLUMNS).cast::<u8>();
+                        for t in t0..t1 {
+                            let (start, end) = (tiles.start(t), tiles.start(t + 1));
+                            let prefetch = if t1 - t0 == 1 {
+                                w.cast::<u8>().wrapping_add(PREFETCH_BYTES)
+                            } else {
+                                // Each tile fetches its share of the next panel, evenly: a core has few misses under way.
+                                after.wrapping_add((t - t0) * block * LINE_BYTES / (t1 - t0))
+                            };
+                            let to = y.add(start * self.n + p * COLUMNS);
+                            (self.kernels.rows[end - start - 1])(&Tile {
+                                w,
+                                x: rows.x.add(start * dwords + line * LINE * (end - start)),
+                                lines: block,
+                                y: to,
+                                y_stride: self.n,
+                                columns,
+                                first: line == 0,
+                                prefetch,
+                                prefetch_step: STEP_BYTES / (t1 - t0),
+                                group_lines,
+                                scales: rows.scales.wrapping_add(start * groups + group * (end - start)),
+                            });
+                            if line + block == lines {
+                                for r in start..end {
+                                    let y = std::slice::from_raw_parts_mut(to.add((r - start) * self.n), columns);
+                                    add.to(y, r * self.n, p * COLUMNS);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            t0 = t1;
+        }
+    }
+}
+
+impl Addends<'_> {
+    /// To columns `column..` of the row that starts at element `row`.
+    #[inline(always)]
+    fn to(&self, y: &mut [f32], row: usize, column: usize) {
+        if let Some(bias) = self.bias {
+            y.iter_mut().zip(&bias[column..]).for_each(|(y, b)| *y += b);
+        }
+        if let Some(residual) = self.residual {
+            y.iter_mut().zip(&residual[row + column..]).for_each(|(y, r)| *y += r);
+        }
+    }
+}
+
+/// Runs the widest tile of `kind` again and again on operands that stay in the first cache; returns the multiplications.
+pub(in crate::ops) fn bench_tile(kind: super::Kind) -> u64 {
+    const LINES: usize = 8;
+    const TIMES: usize = 2000;
+    let kernels = super::tile::select(kind, super::Isa::Auto).expect("Auto exists on every CPU");
+    let rows = kernels.rows.len();
+    let (w, x) = (Buffer::zeroed((LINES * LINE + 1) * COLUMNS), Buffer::zeroed(LINES * LINE * rows));
+    let (mut y, scales) = (vec![0f32; rows * COLUMNS], vec![(0.0, 0); rows]);
+    for _ in 0..TIMES {
+        // SAFETY: whole lines of W and x, with the scales of one group, and `rows` rows of 32 in y.
+        unsafe {
+            (kernels.rows[rows - 1])(&Tile {
+                w: w.as_ptr(),
+                x: x.as_ptr(),
+                lines: LINES,
+                y: y.as_mut_ptr(),
+                y_stride: COLUMNS,
+                columns: COLUMNS,
+                first: true,
+                prefetch: w.as_ptr().cast(),
+                prefetch_step: 0,
+                group_lines: LINES,
+                scales: scales.as_ptr(),
+            });
+        }
+    }
+    std::hint::black_box(y);
+    (TIMES * LINES * LINE * kind.per_dword() * rows * COLUMNS) as u64
+}
