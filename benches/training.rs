@@ -25,12 +25,15 @@ fn main() {
     let all = !given.iter().any(|g| ["f32", "bf16", "candle", "jobs"].contains(&g.as_str()));
     let asked = |what: &str| all || given.iter().any(|g| g == what);
     let mut kept_f32 = None;
+    // As the server does.
+    prefixd::ops::pool::quiet_candle();
     for (name, dtype) in [("f32", DtypeChoice::F32), ("bf16", DtypeChoice::Bf16)] {
         let needed = asked(name) || asked(if name == "f32" { "candle" } else { "jobs" });
         if !needed {
             continue;
         }
         let model = Model::load(&HALF_B.files(), LoadOptions { dtype, ..LoadOptions::default() }).unwrap();
+        prefixd::ops::memory::hold();
         for placement in [Placement::Stored, Placement::VirtualTokens] {
             let mut job = job(&model, placement);
             let examples: Vec<_> = (0..BATCH).map(|s| example(s, TOKENS)).collect();

@@ -20,6 +20,16 @@ mod glibc {
     /// Buffers from here on come from the system each time.
     const LARGE: c_int = 512 << 20;
 
+    /// All that there is, up to what a `c_int` can say.
+    const ALL: c_int = c_int::MAX;
+
+    pub fn hold() {
+        // SAFETY: as below.
+        unsafe {
+            mallopt(M_TRIM_THRESHOLD, ALL);
+        }
+    }
+
     pub fn settle() {
         // SAFETY: both take plain numbers and may be called at any time; a refusal changes nothing.
         unsafe {
@@ -32,9 +42,15 @@ mod glibc {
     }
 }
 
-/// Gives back what loading left over, and keeps what steps use from here on. To be called once the weights are in place and
-/// before the thread that runs the model starts.
+/// Gives back what loading or training left over, and keeps what steps of serving use from here on. To be called once the
+/// weights are in place, before the thread that runs the model starts.
 pub fn settle() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::settle();
+}
+
+/// Keeps all that is given back, until [`settle`]: a step of training asks for the same gigabytes as the one before.
+pub fn hold() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    glibc::hold();
 }

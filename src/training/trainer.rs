@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::background::Background;
 use crate::model::packed::Activations;
+use crate::ops::memory;
 use crate::training::settings::Recompute;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -66,6 +67,8 @@ pub struct Trainer {
     suspects: Vec<JobId>,
     /// Who was in the last batch comes after who was not.
     last: Vec<JobId>,
+    /// The memory of a step is kept for the next one.
+    holding: bool,
 }
 
 struct Under {
@@ -82,8 +85,8 @@ struct Batch {
 impl Trainer {
     /// Takes orders, sends events. Whoever orders must wake the thread that runs it.
     pub fn new(orders: Receiver<Order>, events: Sender<Event>, bounds: Bounds) -> Self {
-        let (runs, batch, suspects, last) = Default::default();
-        Trainer { orders, events, bounds, runs, batch, suspects, last }
+        let (runs, batch, suspects, last, holding) = Default::default();
+        Trainer { orders, events, bounds, runs, batch, suspects, last, holding }
     }
 
     fn tell(&self, event: Event) {
@@ -140,7 +143,13 @@ impl Trainer {
             work.push(next);
         }
         if work.is_empty() {
+            if std::mem::take(&mut self.holding) {
+                memory::settle();
+            }
             return Ok(None);
+        }
+        if !std::mem::replace(&mut self.holding, true) {
+            memory::hold();
         }
         let keep = match longest {
             _ if recompute => 0,

@@ -1,6 +1,6 @@
 //! A request's result does not depend on what shares its batch: the same tokens and, on the CPU, the same bits, over
 //! random mixes of adapters, lengths, sampling settings, chunk sizes, preemptions and cache hits.
-use crate::support::{Answer, ask_all, embedded, request};
+use crate::support::{Answer, ask_all, embedded, int8, request};
 use prefixd::adapter::{InputRow, KvRows, Prefix, SoftPrompt};
 use prefixd::config::EngineConfig;
 use prefixd::engine::Engine;
@@ -93,21 +93,30 @@ fn build(ask: &Ask, prefixes: &[Option<Arc<Prefix>>], soft: &Arc<SoftPrompt>) ->
 
 #[test]
 fn a_mixed_batch_gives_the_bits_of_single_requests() {
-    let prefixes = prefixes(&embedded());
-    let soft = inserted(embedded().info().hidden_size);
+    mixes(embedded, 12);
+}
+
+/// With int8 weights too: a row is rounded by itself.
+#[test]
+fn a_mixed_batch_gives_the_bits_of_single_requests_on_int8() {
+    mixes(int8, 4);
+}
+
+fn mixes(model: fn() -> Model, cases: u32) {
+    let prefixes = prefixes(&model());
+    let soft = inserted(model().info().hidden_size);
     let alone =
-        Engine::start(embedded(), &EngineConfig { kv_tokens: 4096, prefix_caching: false, ..EngineConfig::default() });
+        Engine::start(model(), &EngineConfig { kv_tokens: 4096, prefix_caching: false, ..EngineConfig::default() });
     let alone = alone.unwrap();
     // A small pool, so that mixes are preempted; small steps, so that prompts are cut.
     let engines: Vec<Engine> = [(512, 16, 7), (384, 64, 64), (4096, 512, 64)]
         .into_iter()
         .map(|(kv_tokens, max_batch_tokens, max_sequences)| {
             let config = EngineConfig { kv_tokens, max_batch_tokens, max_sequences, ..EngineConfig::default() };
-            Engine::start(embedded(), &config).unwrap()
+            Engine::start(model(), &config).unwrap()
         })
         .collect();
-    let cases =
-        ProptestConfig { cases: 12, max_shrink_iters: 40, failure_persistence: None, ..ProptestConfig::default() };
+    let cases = ProptestConfig { cases, max_shrink_iters: 40, failure_persistence: None, ..ProptestConfig::default() };
     let mixes = prop::collection::vec(ask(), 2..24);
     TestRunner::new(cases)
         .run(&mixes, |asks| {

@@ -15,6 +15,7 @@ mod layers;
 mod model_files;
 mod mutations;
 mod oracle;
+mod quantized;
 mod readme;
 mod served;
 mod stacks;

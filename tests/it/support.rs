@@ -1,7 +1,7 @@
 //! Models, prefixes and requests for the tests.
 use candle_core::Tensor;
 use prefixd::adapter::{InputRow, Prefix};
-use prefixd::config::{DtypeChoice, EngineConfig};
+use prefixd::config::{DtypeChoice, EngineConfig, Quantize};
 use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
 use prefixd::engine::{Engine, EngineHandle};
 use prefixd::error::Result;
@@ -35,6 +35,12 @@ pub fn try_load(name: &str, dtype: DtypeChoice) -> Result<Model> {
 /// The shipped model.
 pub fn embedded() -> Model {
     load("embedded", DtypeChoice::Auto)
+}
+
+/// The same with int8 weights.
+pub fn int8() -> Model {
+    let options = LoadOptions { quantize: Quantize::Int8, threads: 2, ..LoadOptions::default() };
+    Model::load(&source::resolve("embedded").unwrap(), options).unwrap()
 }
 
 /// All logits of one sequence, run by itself: those of the prefix's input rows, then those of `tokens`.

@@ -117,19 +117,19 @@ impl Scratch {
 
 /// Panels dealt out to threads in one run each, which is what a prefetch of the next one counts on; who is done helps the
 /// others. Each is taken once.
-struct Shares {
+pub(super) struct Shares {
     panels: usize,
     /// The next one of each share.
     next: Vec<AtomicUsize>,
 }
 
 impl Shares {
-    fn new(panels: usize, threads: usize) -> Self {
+    pub fn new(panels: usize, threads: usize) -> Self {
         Shares { panels, next: (0..threads).map(|t| AtomicUsize::new(t * panels / threads)).collect() }
     }
 
     /// Takes up to `chunk` panels at a time until there are none.
-    fn each(&self, thread: usize, chunk: usize, mut f: impl FnMut(Range<usize>)) {
+    pub fn each(&self, thread: usize, chunk: usize, mut f: impl FnMut(Range<usize>)) {
         let threads = self.next.len();
         for share in (thread..thread + threads).map(|t| t % threads) {
             let end = (share + 1) * self.panels / threads;

@@ -7,15 +7,81 @@
 use super::buffer::Buffer;
 use super::pack::RowLayout;
 use super::packed::{Packed, dequantize};
-use super::product::{PackedRows, Scratch};
+use super::product::{PackedRows, Scratch, Shares};
 use super::tile::{self, COLUMNS, Kind, LINE, Tile};
 use crate::ops::float::f32_to_bf16;
 use crate::ops::{Pool, Shared};
 
+/// 16 dwords of k `[16][32 rows]`, or the same turned: 16 pairs of rows `[16][32 of k]`.
+type Block = [u32; 16 * COLUMNS];
+
+/// Rows and columns change places: W of rows 2 i, 2 i + 1 and columns 2 j, 2 j + 1 is in dwords 2 i, 2 i + 1 of line j before,
+/// a row a dword, and in dwords 2 j, 2 j + 1 of line i after, a column a dword.
+fn turn_pairs(from: &Block, to: &mut Block) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+        // SAFETY: the features were just found.
+        return unsafe { wide::turn_pairs(from, to) };
+    }
+    for (pair, line) in from.chunks_exact(COLUMNS).enumerate() {
+        for (rows, w) in line.chunks_exact(2).enumerate() {
+            let to = &mut to[rows * COLUMNS + 2 * pair..][..2];
+            to[0] = w[0] & 0xffff | w[1] << 16;
+            to[1] = w[0] >> 16 | w[1] & 0xffff_0000;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod wide {
+    use super::{Block, COLUMNS};
+    use core::arch::x86_64::*;
+
+    /// As a matrix of 16 x 16 quadwords: the middle halves of each change places, then the matrix is transposed, 8 x 8 at a
+    /// time.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub unsafe fn turn_pairs(from: &Block, to: &mut Block) {
+        const SWAP: i32 = 0b11_01_10_00;
+        for i in 0..2 {
+            for j in 0..2 {
+                let line = |l: usize| {
+                    // SAFETY: 16 dwords within a line of the block.
+                    let x = unsafe { _mm512_loadu_si512(from[(8 * i + l) * COLUMNS + 16 * j..].as_ptr().cast()) };
+                    _mm512_shufflehi_epi16::<SWAP>(_mm512_shufflelo_epi16::<SWAP>(x))
+                };
+                let r: [__m512i; 8] = std::array::from_fn(line);
+                let pair = |a: usize| {
+                    let (x, y) = (r[2 * a], r[2 * a + 1]);
+                    [_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y)]
+                };
+                let p: [[__m512i; 2]; 4] = std::array::from_fn(pair);
+                for odd in 0..2 {
+                    // Lanes of 128 bits: lane q of p[a] holds quadwords 2 q + odd of lines 2 a, 2 a + 1.
+                    let low = _mm512_shuffle_i64x2::<0b10_00_10_00>(p[0][odd], p[1][odd]);
+                    let high = _mm512_shuffle_i64x2::<0b11_01_11_01>(p[0][odd], p[1][odd]);
+                    let low2 = _mm512_shuffle_i64x2::<0b10_00_10_00>(p[2][odd], p[3][odd]);
+                    let high2 = _mm512_shuffle_i64x2::<0b11_01_11_01>(p[2][odd], p[3][odd]);
+                    let columns = [
+                        _mm512_shuffle_i64x2::<0b10_00_10_00>(low, low2),
+                        _mm512_shuffle_i64x2::<0b10_00_10_00>(high, high2),
+                        _mm512_shuffle_i64x2::<0b11_01_11_01>(low, low2),
+                        _mm512_shuffle_i64x2::<0b11_01_11_01>(high, high2),
+                    ];
+                    for (q, column) in columns.into_iter().enumerate() {
+                        let line = &mut to[(8 * j + 2 * q + odd) * COLUMNS + 16 * i..][..16];
+                        // SAFETY: 16 dwords within a line of the block.
+                        unsafe { _mm512_storeu_si512(line.as_mut_ptr().cast(), column) };
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Bytes of an unpacked panel: L2 holds it beside the tiles of dy.
 const BLOCK_BYTES: usize = 64 << 10;
 /// Panels of one unit of work at most: they share the reading of dy.
-const UNIT: usize = 8;
+const UNIT: usize = 2;
 
 impl Packed {
     /// dx `[m, k]` = dy `[m, n]` W. Row-major, contiguous, overwrites dx.
@@ -36,39 +102,43 @@ impl Packed {
         let rows = scratch.pack(dy, m, kernels.rows.len(), layout, pool);
         let (tiles, x) = (rows.tiles, Shared(rows.x.cast_mut()));
         let (dx, block) = (Shared(dx.as_mut_ptr()), BLOCK_BYTES / (panel_lines * LINE * COLUMNS * 4));
-        let unit = panels.div_ceil(pool.threads() * 4).min(UNIT);
-        pool.for_each(panels.div_ceil(unit), |i| {
+        let shares = Shares::new(panels, pool.threads());
+        pool.run(&|thread| {
             let mut w = Buffer::zeroed(block * panel_lines * LINE * COLUMNS);
             let rows = PackedRows { tiles, x: x.get(), scales: std::ptr::null() };
-            for first in (0..stored).step_by(block) {
-                let some = first..stored.min(first + block);
-                for panel in i * unit..panels.min((i + 1) * unit) {
-                    for (s, out) in some.clone().zip(w.as_mut_slice().chunks_exact_mut(panel_lines * LINE * COLUMNS)) {
-                        self.unpack(s, panel, out);
-                    }
-                    for t in 0..tiles.count {
-                        let (start, end) = (tiles.start(t), tiles.start(t + 1));
-                        // SAFETY: whole lines of the unpacked panel and of the packed dy, and columns of dx that are this
-                        // unit's alone.
-                        unsafe {
-                            let line = first * panel_lines;
-                            (kernels.rows[end - start - 1])(&Tile {
-                                w: w.as_ptr(),
-                                x: rows.x.add(start * lines * LINE + line * LINE * (end - start)),
-                                lines: some.len() * panel_lines,
-                                y: dx.get().add(start * k + panel * COLUMNS),
-                                y_stride: k,
-                                columns: COLUMNS.min(k - panel * COLUMNS),
-                                first: first == 0,
-                                prefetch: w.as_ptr().cast(),
-                                prefetch_step: 0,
-                                group_lines: lines,
-                                scales: rows.scales,
-                            });
+            shares.each(thread, UNIT, |unit| {
+                for first in (0..stored).step_by(block) {
+                    let some = first..stored.min(first + block);
+                    for panel in unit.clone() {
+                        for (s, out) in
+                            some.clone().zip(w.as_mut_slice().chunks_exact_mut(panel_lines * LINE * COLUMNS))
+                        {
+                            self.unpack(s, panel, out);
+                        }
+                        for t in 0..tiles.count {
+                            let (start, end) = (tiles.start(t), tiles.start(t + 1));
+                            // SAFETY: whole lines of the unpacked panel and of the packed dy, and columns of dx that are this
+                            // unit's alone.
+                            unsafe {
+                                let line = first * panel_lines;
+                                (kernels.rows[end - start - 1])(&Tile {
+                                    w: w.as_ptr(),
+                                    x: rows.x.add(start * lines * LINE + line * LINE * (end - start)),
+                                    lines: some.len() * panel_lines,
+                                    y: dx.get().add(start * k + panel * COLUMNS),
+                                    y_stride: k,
+                                    columns: COLUMNS.min(k - panel * COLUMNS),
+                                    first: first == 0,
+                                    prefetch: w.as_ptr().cast(),
+                                    prefetch_step: 0,
+                                    group_lines: lines,
+                                    scales: rows.scales,
+                                });
+                            }
                         }
                     }
                 }
-            }
+            });
         });
     }
 
@@ -84,15 +154,9 @@ impl Packed {
                 }
             }
             Kind::Bf16 => {
-                // A pair of rows and a pair of columns change places: in [r0c0 r0c1 r1c0 r1c1], out [r0c0 r1c0 r0c1 r1c1].
-                let lines = from[panel * COLUMNS / 2 * COLUMNS..].chunks_exact(COLUMNS).take(COLUMNS / 2);
-                for (pair, line) in lines.enumerate() {
-                    for (rows, w) in line.chunks_exact(2).enumerate() {
-                        let out = &mut out[rows * COLUMNS + 2 * pair..][..2];
-                        out[0] = w[0] & 0xffff | w[1] << 16;
-                        out[1] = w[0] >> 16 | w[1] & 0xffff_0000;
-                    }
-                }
+                // A line of k is 16 dwords, and so is this block: bf16 panels have whole lines.
+                let block = from[panel * COLUMNS / 2 * COLUMNS..].first_chunk().expect("16 dwords of k of 32 rows");
+                turn_pairs(block, out.first_chunk_mut().expect("the same block, turned"));
             }
             Kind::Int8 => {
                 let per_group = self.rows.group_lines * 4 * LINE;
