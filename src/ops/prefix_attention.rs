@@ -21,14 +21,15 @@
 //! K of a page is stored transposed, `[kv_heads, head_dim, PAGE]`: one 16-lane accumulator holds the scores of a
 //! page. V is `[kv_heads, PAGE, head_dim]`. Slots past a sequence's end may hold anything, NaN included.
 mod packed;
+mod plan;
 mod span;
 
 pub use packed::{PackedPlan, PackedSequence, packed_attention};
+pub use plan::Plan;
 
 use super::{Pool, Shared, f32_slice, linear::Cpu};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use span::{QUERIES, Query, Span, add_span};
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -85,64 +86,6 @@ pub struct Attention {
     pub causal: bool,
 }
 
-/// The work list of one step; every layer uses the same.
-pub struct Plan {
-    sequences: Vec<SequenceView>,
-    pages: Vec<u32>,
-    /// What runs together for each KV head, the long ones first; ranges of `parts`.
-    units: Vec<Range<usize>>,
-    /// A sequence and some of its rows.
-    parts: Vec<(usize, Range<usize>)>,
-    layout: KvLayout,
-    heads: usize,
-}
-
-impl Plan {
-    /// `heads` query heads read `layout.kv_heads` KV heads, `heads / kv_heads` each.
-    pub fn new(sequences: Vec<SequenceView>, pages: Vec<u32>, layout: KvLayout, heads: usize) -> Self {
-        // Sequences with the same prefix side by side: its first page and its length tell, as pages are never shared in part.
-        let mut groups: HashMap<(Option<u32>, usize), Vec<usize>> = HashMap::new();
-        let mut order = Vec::new();
-        for (i, s) in sequences.iter().enumerate() {
-            let first = pages.get(s.prefix_pages.start).copied().filter(|_| s.prefix_len > 0);
-            let alone = if s.prefix_len == 0 { i } else { 0 };
-            let group = groups.entry((first, s.prefix_len + alone)).or_default();
-            if group.is_empty() {
-                order.push((first, s.prefix_len + alone));
-            }
-            group.push(i);
-        }
-        let (mut units, mut parts, mut costs) = (Vec::new(), Vec::new(), Vec::new());
-        for key in order {
-            let (mut start, mut rows, mut cost) = (parts.len(), 0, 0);
-            for i in groups.remove(&key).unwrap_or_default() {
-                let s = &sequences[i];
-                let mut from = s.rows.start;
-                while from < s.rows.end {
-                    let to = s.rows.end.min(from + ROWS - rows);
-                    parts.push((i, from..to));
-                    cost += (to - from) * (s.prefix_len + s.first + to - s.rows.start);
-                    rows += to - from;
-                    from = to;
-                    if rows == ROWS {
-                        units.push(start..parts.len());
-                        costs.push(cost);
-                        (start, rows, cost) = (parts.len(), 0, 0);
-                    }
-                }
-            }
-            if rows > 0 {
-                units.push(start..parts.len());
-                costs.push(cost);
-            }
-        }
-        let mut by_cost: Vec<usize> = (0..units.len()).collect();
-        by_cost.sort_by_key(|i| std::cmp::Reverse(costs[*i]));
-        let units = by_cost.into_iter().map(|i| units[i].clone()).collect();
-        Plan { sequences, pages, units, parts, layout, heads }
-    }
-}
-
 struct PrefixAttention {
     plan: Arc<Plan>,
     attention: Attention,
@@ -193,25 +136,6 @@ impl CustomOp3 for PrefixAttention {
         let mut out = vec![0f32; m * plan.heads * head_dim];
         input.run(&self.cpu.pool, &mut out);
         Ok((CpuStorage::F32(out), (m, plan.heads * head_dim).into()))
-    }
-}
-
-impl Plan {
-    /// Everything that the kernel indexes by.
-    fn check(&self, rows: usize, pages: usize) -> Result<()> {
-        let mut next = 0;
-        for s in &self.sequences {
-            let own = s.first + s.rows.len();
-            let table = |r: &Range<usize>| self.pages.get(r.clone()).map_or(0, <[u32]>::len) * PAGE;
-            if s.rows.start != next || table(&s.prefix_pages) < s.prefix_len || table(&s.own_pages) < own {
-                bail!("prefix_attention: {s:?} does not follow row {next} or lacks pages");
-            }
-            next = s.rows.end;
-        }
-        if next != rows || self.pages.iter().any(|p| *p as usize >= pages) {
-            bail!("prefix_attention: {next} rows planned, {rows} given, {pages} pages");
-        }
-        Ok(())
     }
 }
 
