@@ -263,6 +263,7 @@ fn facts(info: &ModelInfo, config: &Config, engine: &EngineHandle) -> proto::Get
             hidden_size: info.hidden_size as u32,
             num_attention_heads: info.num_attention_heads as u32,
             num_key_value_heads: info.num_kv_heads as u32,
+            head_dim: info.head_dim as u32,
             vocab_size: info.vocab_size as u32,
             dtype: info.dtype.into(),
             device: info.device.clone(),

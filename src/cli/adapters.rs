@@ -3,14 +3,12 @@ mod convert;
 
 use super::client::Connection;
 use super::{Failure, Terminal, json};
-use crate::rpc::proto::{self, upload_adapter_request::Part};
+use crate::rpc::proto;
+use crate::rpc::upload::parts;
 use clap::{Args, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 use std::path::{Path, PathBuf};
-
-/// Bytes of a file in one message: well below any server's limit.
-const CHUNK: usize = 1 << 20;
 
 /// Files that an upload may hold.
 const FILES: [&str; 5] =
@@ -122,19 +120,6 @@ impl Upload {
         let response = self.connection.adapters().await?.upload_adapter(request).await?.into_inner();
         show(response.adapter, terminal)
     }
-}
-
-/// The messages of an upload.
-pub(super) fn parts(
-    header: proto::UploadHeader,
-    files: Vec<(String, Vec<u8>)>,
-) -> impl Iterator<Item = proto::UploadAdapterRequest> {
-    let chunks = files.into_iter().flat_map(|(name, data)| {
-        let chunk = |data: &[u8]| Part::Chunk(proto::FileChunk { name: name.clone(), data: data.to_vec() });
-        data.chunks(CHUNK).map(chunk).collect::<Vec<_>>()
-    });
-    let parts = std::iter::once(Part::Header(header)).chain(chunks);
-    parts.map(|part| proto::UploadAdapterRequest { part: Some(part) })
 }
 
 /// What an adapter folder holds; other files stay at home.

@@ -67,7 +67,7 @@ impl Failure {
     /// gRPC's name of the code; the same names for errors that never got to a server.
     fn code_name(&self) -> &'static str {
         match self {
-            Failure::Server(status) => status_name(status.code()),
+            Failure::Server(status) => crate::rpc::convert::status_name(status.code()),
             Failure::Local(e) | Failure::Usage(e) => crate::rpc::convert::code_name(e.kind()),
             Failure::Connect { .. } => "UNAVAILABLE",
         }
@@ -111,28 +111,5 @@ impl From<Status> for Failure {
 impl From<Error> for Failure {
     fn from(e: Error) -> Self {
         Failure::Local(e)
-    }
-}
-
-fn status_name(code: tonic::Code) -> &'static str {
-    use tonic::Code::*;
-    match code {
-        Ok => "OK",
-        Cancelled => "CANCELLED",
-        Unknown => "UNKNOWN",
-        InvalidArgument => "INVALID_ARGUMENT",
-        DeadlineExceeded => "DEADLINE_EXCEEDED",
-        NotFound => "NOT_FOUND",
-        AlreadyExists => "ALREADY_EXISTS",
-        PermissionDenied => "PERMISSION_DENIED",
-        ResourceExhausted => "RESOURCE_EXHAUSTED",
-        FailedPrecondition => "FAILED_PRECONDITION",
-        Aborted => "ABORTED",
-        OutOfRange => "OUT_OF_RANGE",
-        Unimplemented => "UNIMPLEMENTED",
-        Internal => "INTERNAL",
-        Unavailable => "UNAVAILABLE",
-        DataLoss => "DATA_LOSS",
-        Unauthenticated => "UNAUTHENTICATED",
     }
 }

@@ -99,6 +99,7 @@ pub(super) fn facts(r: &proto::GetServerInfoResponse) -> Value {
             "hidden_size": m.hidden_size,
             "num_attention_heads": m.num_attention_heads,
             "num_key_value_heads": m.num_key_value_heads,
+            "head_dim": m.head_dim,
             "vocab_size": m.vocab_size,
             "dtype": m.dtype,
             "device": m.device,

@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::json;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 
 /// Serve a model and its adapters over gRPC.
@@ -32,6 +32,24 @@ struct Settings {
     #[arg(long, value_name = "ADDRESS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     metrics_listen: Option<SocketAddr>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    hosted: Hosted,
+    /// Follow changes in the adapter store's folder.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    watch: bool,
+    #[command(flatten)]
+    training: Training,
+    /// Seconds that running requests get to finish after SIGTERM [default: 30].
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    drain_seconds: Option<u64>,
+}
+
+/// What is served, and with which means: also for commands that start a server of their own.
+#[derive(Debug, Args, Serialize)]
+pub(super) struct Hosted {
     /// A Hugging Face folder, a hub id, or `embedded` [default].
     #[arg(long, value_name = "DIR|HUB_ID")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -40,12 +58,6 @@ struct Settings {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     adapters: Option<PathBuf>,
-    /// Follow changes in the adapter store's folder.
-    #[arg(long)]
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    watch: bool,
-    #[command(flatten)]
-    training: Training,
     /// auto, cpu or cuda:N.
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -58,10 +70,6 @@ struct Settings {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     quantize: Option<Quantize>,
-    /// Seconds that running requests get to finish after SIGTERM [default: 30].
-    #[arg(long, value_name = "SECONDS")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    drain_seconds: Option<u64>,
     #[command(flatten)]
     engine: Engine,
 }
@@ -118,12 +126,7 @@ struct Engine {
 
 impl Serve {
     pub async fn run(self, terminal: &Terminal) -> Result<(), Failure> {
-        let mut given = serde_json::to_value(&self.settings).map_err(|e| Failure::local(e.to_string()))?;
-        // An empty group must not hide one that the file fills.
-        if let Some(settings) = given.as_object_mut() {
-            settings.retain(|_, group| !group.as_object().is_some_and(serde_json::Map::is_empty));
-        }
-        let config = Config::read(self.config.as_deref(), given).map_err(Failure::Usage)?;
+        let config = read(self.config.as_deref(), &self.settings)?;
         // Before the model: a port that is taken is told at once.
         let listener = TcpListener::bind(config.listen).await;
         let listener = listener.map_err(|e| Failure::usage(format!("`listen` is {}: {e}", config.listen)))?;
@@ -147,6 +150,23 @@ impl Serve {
         };
         Ok(server.serve(listener, shutdown).await?)
     }
+}
+
+impl Hosted {
+    /// The settings of a server that a command starts for itself.
+    pub fn config(&self) -> Result<Config, Failure> {
+        read(None, self)
+    }
+}
+
+/// File, environment and `given`, whole and checked.
+fn read(file: Option<&Path>, given: &impl Serialize) -> Result<Config, Failure> {
+    let mut given = serde_json::to_value(given).map_err(|e| Failure::local(e.to_string()))?;
+    // An empty group must not hide one that the file fills.
+    if let Some(settings) = given.as_object_mut() {
+        settings.retain(|_, group| !group.as_object().is_some_and(serde_json::Map::is_empty));
+    }
+    Config::read(file, given).map_err(Failure::Usage)
 }
 
 /// Shows a start: a bar on a terminal, lines elsewhere.

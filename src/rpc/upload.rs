@@ -18,6 +18,9 @@ const UPLOADS: usize = 16;
 /// A client that sends nothing for so long has stalled.
 const STALLED: Duration = Duration::from_secs(30);
 
+/// Bytes of a file in one message of ours: well below any server's limit.
+const CHUNK: usize = 1 << 20;
+
 /// Takes uploads in. Cheap to clone.
 #[derive(Clone)]
 pub struct Uploads {
@@ -86,4 +89,17 @@ fn exists(loader: &AdapterLoader, id: &AdapterId) -> bool {
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|e| Err(Error::internal(format!("upload: {e}"))))
+}
+
+/// The client's side of it: the messages of an upload.
+pub fn parts(
+    header: proto::UploadHeader,
+    files: Vec<(String, Vec<u8>)>,
+) -> impl Iterator<Item = proto::UploadAdapterRequest> {
+    let chunks = files.into_iter().flat_map(|(name, data)| {
+        let chunk = |data: &[u8]| Part::Chunk(proto::FileChunk { name: name.clone(), data: data.to_vec() });
+        data.chunks(CHUNK).map(chunk).collect::<Vec<_>>()
+    });
+    let parts = std::iter::once(Part::Header(header)).chain(chunks);
+    parts.map(|part| proto::UploadAdapterRequest { part: Some(part) })
 }

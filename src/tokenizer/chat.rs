@@ -2,7 +2,7 @@
 //!
 //! The template comes with the model, so it is as trusted as the weights; the messages are a client's. Fuel and the
 //! size of the output bound what messages can make of a template.
-mod date;
+pub(crate) mod date;
 mod jinja;
 
 use crate::error::{Context as _, Error, Kind, Result};

@@ -1,10 +1,10 @@
 //! An adapter comes, is replaced and goes, while others are served.
 use super::{HOT_LOAD, load::Load, pairs, shorten};
-use crate::cli::adapters::parts;
 use crate::cli::{Failure, Terminal};
 use crate::rpc::proto::adapter_service_client::AdapterServiceClient;
 use crate::rpc::proto::inference_service_client::InferenceServiceClient;
 use crate::rpc::proto::{self, generate_request::Input};
+use crate::rpc::upload::parts;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tonic::Code;

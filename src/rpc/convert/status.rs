@@ -55,18 +55,47 @@ fn code(kind: Kind) -> Code {
     }
 }
 
+/// What a server answered to a call of our own, led by what was asked for.
+pub fn answered(place: impl std::fmt::Display, status: &Status) -> Error {
+    let kind = match status.code() {
+        Code::InvalidArgument => Kind::InvalidArgument,
+        Code::NotFound => Kind::NotFound,
+        Code::AlreadyExists => Kind::AlreadyExists,
+        Code::FailedPrecondition => Kind::FailedPrecondition,
+        Code::ResourceExhausted => Kind::ResourceExhausted,
+        Code::DeadlineExceeded => Kind::DeadlineExceeded,
+        Code::Cancelled => Kind::Cancelled,
+        Code::Unavailable => Kind::Unavailable,
+        _ => Kind::Internal,
+    };
+    Error::new(kind, format!("{place}: {}: {}", status_name(status.code()), status.message()))
+}
+
 /// The code's name in gRPC's spelling, for logs and metrics.
 pub fn code_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::InvalidArgument => "INVALID_ARGUMENT",
-        Kind::NotFound => "NOT_FOUND",
-        Kind::AlreadyExists => "ALREADY_EXISTS",
-        Kind::FailedPrecondition => "FAILED_PRECONDITION",
-        Kind::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Kind::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Kind::Cancelled => "CANCELLED",
-        Kind::Unavailable => "UNAVAILABLE",
-        Kind::Internal => "INTERNAL",
+    status_name(code(kind))
+}
+
+/// gRPC's own name of a code.
+pub fn status_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
 
