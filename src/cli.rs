@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 asked wrongly.
 mod adapters;
+mod bench;
 mod client;
 mod demo;
 mod failure;
@@ -63,6 +64,8 @@ enum Command {
     Jobs(train::Jobs),
     /// Run a dataset through an adapter and the bare base, and compare answers with targets.
     Eval(train::Eval),
+    /// Measure a server under load: throughput, latencies, fairness, over adapters and rates.
+    Bench(Box<bench::Bench>),
     /// The model, the limits and the version of a server.
     Info(info::Info),
     /// What a server is doing now.
@@ -95,6 +98,7 @@ impl Cli {
             Command::Train(train) => train.run(&terminal).await,
             Command::Jobs(jobs) => jobs.run(&terminal).await,
             Command::Eval(eval) => eval.run(&terminal).await,
+            Command::Bench(bench) => bench.run(&terminal).await,
             Command::Info(info) => info.run(&terminal).await,
             Command::Stats(stats) => stats.run(&terminal).await,
         }
