@@ -38,7 +38,7 @@ pub(super) struct Bench {
     #[arg(
         long,
         value_name = "URL",
-        conflicts_with_all = ["model", "adapters", "device", "dtype", "max_sequences", "max_batch_tokens", "max_queue",
+        conflicts_with_all = ["model", "adapters", "device", "dtype", "quantize", "max_sequences", "max_batch_tokens", "max_queue",
             "max_model_len", "kv_tokens", "kv_memory_mib", "threads"]
     )]
     server: Option<String>,
