@@ -172,8 +172,12 @@ fn cdf(id: &'static str, title: &str, lines: Vec<(String, &[f64])>) -> Plot {
         lines.iter().enumerate().map(|(i, (name, values))| series(name, i, curve(values), Mark::Line)).collect();
     let y = Axis { label: "share (%)".into(), low: 0.0, high: 102.0, scale: Scale::Linear };
     // By medians: a linear axis serves one run well, whatever its tail.
-    let least = lines.iter().map(|(_, values)| percentile(values, 0.5)).fold(f64::INFINITY, f64::min);
-    Plot { id, title: title.to_owned(), note, chart: Chart { x: Axis::between("ms", least, cut), y, series } }
+    let least = |share| lines.iter().map(|(_, values)| percentile(values, share)).fold(f64::INFINITY, f64::min);
+    let mut x = Axis::between("ms", least(0.5), cut);
+    if x.scale == Scale::Log {
+        x.low = least(0.01).max(1e-3).log10().floor();
+    }
+    Plot { id, title: title.to_owned(), note, chart: Chart { x, y, series } }
 }
 
 /// What the server did while the run went on.
