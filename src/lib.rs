@@ -13,7 +13,7 @@
 //! | 4 | [`engine`] | continuous batching on one thread; the way of an adapter into service |
 //! | 5 | [`training`] | adapters trained on the weights that serve; evaluation figures |
 //! | 6 | [`rpc`] | the gRPC services; the only code that knows protobuf and our types both |
-//! | 7 | [`server`], [`cli`], [`bench`] | wiring, the commands, the load generator |
+//! | 7 | [`server`], [`cli`], [`bench`](mod@bench) | wiring, the commands, the load generator |
 //!
 //! Start reading at [`server::Server::start`] (how it is put together), then
 //! [`rpc::inference`] (a request's way in) and [`engine`] (what becomes of it).

@@ -1,6 +1,6 @@
 //! The jobs of a server: what a client sees of them, and what survives the process.
 //!
-//! One thread, the [`clerk`], hears the trainer, writes the journal and publishes results; the handle answers from memory.
+//! One thread, the `clerk`, hears the trainer, writes the journal and publishes results; the handle answers from memory.
 mod clerk;
 mod prepare;
 
