@@ -44,11 +44,16 @@ def job(folder):
     data.write_text("".join(line() + "\n" for _ in range(64)))
     made = ask("train", data, "--adapter", "beside", "--replace", "--steps", 100000, "--batch-size", 8, "--append-eos", "false", "--detach",
                "--no-load")
-    return made["job"]["job_id"]
+    return made["job_id"]
+
+
+def last(name):
+    """The job's last step, if it has made one."""
+    return next(j for j in ask("jobs", "list")["jobs"] if j["job_id"] == name)["last_step"]
 
 
 def steps(name):
-    return next(j for j in ask("jobs", "list")["jobs"] if j["job_id"] == name)["last_step"]["step"]
+    return last(name)["step"]
 
 
 for share in a.share:
@@ -63,7 +68,7 @@ for share in a.share:
             for _ in range(a.rounds):
                 quiet = load()
                 name = job(folder)
-                while not ask("jobs", "get", name).get("job", {}).get("last_step"):
+                while not last(name):
                     time.sleep(0.05)
                 before, began = steps(name), time.time()
                 beside = load()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 transformers.logging.set_verbosity_error()
 
@@ -307,7 +307,6 @@ def main():
                    help="random: PEFT's own, N(0, 1); vocab: drawn tokens; text: the first training examples (prefix: K and V)")
     p.add_argument("--init-text", help="this text instead (implies --init text); repeated or cut to the virtual tokens")
     p.add_argument("--init-std", type=float, help="with --init random: this standard deviation instead of 1")
-    p.add_argument("--random-weights", action="store_true", help="the control: a base of the same shape that never learnt")
     p.add_argument("--virtual-tokens", type=int, default=20), p.add_argument("--lr", type=float, default=3e-2)
     p.add_argument("--steps", type=int, default=300), p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--warmup", type=float, default=0.06, help="share of the steps")
@@ -325,11 +324,7 @@ def main():
     a.init = "text" if a.init_text is not None else a.init
     torch.set_num_threads(a.threads)
     texts = Texts(a.model, a.template)
-    if a.random_weights:
-        torch.manual_seed(1234)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(a.model), dtype=torch.float32, attn_implementation=a.attention)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation=a.attention)
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation=a.attention)
     model.eval().requires_grad_(False)
     for name in a.tasks:
         task = Task(a.data, name, texts, a)
@@ -353,7 +348,7 @@ def main():
                         train_s=round(train_s, 1), train_cpu_s=round(train_cpu, 1), eval_s=round(time.time() - start, 1), base_eval_s=round(base_s, 1),
                         method=a.method, init=a.init, init_text=a.init_text, init_std=a.init_std, lr=a.lr, steps=a.steps, warmup_steps=warmup,
                         batch_size=a.batch_size, virtual_tokens=a.virtual_tokens, trainable=trainable, weight_decay=a.weight_decay,
-                        train=len(task.examples), too_long=task.too_long, random_weights=a.random_weights, threads=a.threads, attention=a.attention,
+                        train=len(task.examples), too_long=task.too_long, threads=a.threads, attention=a.attention,
                         model=a.model.name, data=a.data.name, torch=torch.__version__, transformers=transformers.__version__,
                         peft=__import__("peft").__version__)
             print(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False), flush=True)
