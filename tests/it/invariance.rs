@@ -3,8 +3,8 @@
 use crate::support::{Answer, ask_all, embedded, int8, request};
 use prefixd::adapter::{InputRow, KvRows, Prefix, SoftPrompt};
 use prefixd::config::EngineConfig;
-use prefixd::engine::{Engine, Stats};
 use prefixd::engine::request::{Request, Sampling};
+use prefixd::engine::{Engine, Stats};
 use prefixd::model::Model;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
