@@ -15,7 +15,7 @@ mod task;
 pub mod watch;
 
 use crate::error::{Error, Result};
-use crate::ops::linear::Cpu;
+use crate::ops::Machine;
 use std::fmt;
 use std::sync::Arc;
 
@@ -103,7 +103,7 @@ pub struct BaseShape {
     /// Every token sees every other, and the answer is a class: virtual tokens cannot be a prefix.
     pub encoder: bool,
     /// What classification heads run on.
-    pub cpu: Arc<Cpu>,
+    pub machine: Arc<Machine>,
 }
 
 /// The adapter method, by the names of PEFT's `peft_type`; `Text` has no weights.

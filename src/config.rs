@@ -71,6 +71,9 @@ pub enum Device {
     Cpu,
     /// The GPU of that index.
     Cuda(usize),
+    /// The GPU's kernels on the CPU, thread by thread: for tests.
+    #[cfg(feature = "emulate")]
+    Emulated,
 }
 
 impl std::str::FromStr for Device {
@@ -81,6 +84,8 @@ impl std::str::FromStr for Device {
             ("cpu", _) => Ok(Device::Cpu),
             ("cuda", _) => Ok(Device::Cuda(0)),
             (_, Some(Ok(index))) => Ok(Device::Cuda(index)),
+            #[cfg(feature = "emulate")]
+            ("emulated", _) => Ok(Device::Emulated),
             _ => Err(Error::invalid("device", format!("{s:?}"), "must be auto, cpu or cuda:N")),
         }
     }
@@ -99,6 +104,8 @@ impl From<Device> for String {
             Device::Auto => "auto".into(),
             Device::Cpu => "cpu".into(),
             Device::Cuda(i) => format!("cuda:{i}"),
+            #[cfg(feature = "emulate")]
+            Device::Emulated => "emulated".into(),
         }
     }
 }
@@ -144,8 +151,11 @@ pub struct EngineConfig {
     pub max_queue_per_adapter: usize,
     /// Tokens that the KV pool holds; 0: as many as fit `kv_memory_mib`.
     pub kv_tokens: usize,
-    /// Memory of the KV pool in MiB, when `kv_tokens` is 0; 0: 65,536 tokens, at most a quarter of the memory available.
+    /// Memory of the KV pool in MiB, when `kv_tokens` is 0; 0: on a GPU what `gpu_memory_utilization` leaves, on the CPU 65,536
+    /// tokens, at most a quarter of the memory available.
     pub kv_memory_mib: usize,
+    /// Of the GPU's memory, what weights, activations and the KV pool may take together, 0.1 to 0.98.
+    pub gpu_memory_utilization: f64,
     /// Longest sequence; 0: the model's own.
     pub max_model_len: usize,
     /// Threads of the CPU ops; 0: one a core.
@@ -163,6 +173,7 @@ impl Default for EngineConfig {
             max_queue_per_adapter: 2048,
             kv_tokens: 0,
             kv_memory_mib: 0,
+            gpu_memory_utilization: 0.9,
             max_model_len: 0,
             threads: 0,
             prefix_caching: true,
@@ -290,6 +301,10 @@ impl Config {
         if e.max_batch_tokens < e.max_sequences {
             let rule = format!("must be at least engine.max_sequences ({})", e.max_sequences);
             return Err(Error::invalid("engine.max_batch_tokens", e.max_batch_tokens, rule));
+        }
+        if !(0.1..=0.98).contains(&e.gpu_memory_utilization) {
+            let rule = "must be from 0.1 to 0.98";
+            return Err(Error::invalid("engine.gpu_memory_utilization", e.gpu_memory_utilization, rule));
         }
         at_least("limits.max_prompt_bytes", self.limits.max_prompt_bytes, 1)?;
         at_least("limits.max_message_bytes", self.limits.max_message_bytes, 1024)?;

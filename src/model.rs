@@ -12,10 +12,12 @@ use crate::adapter::{BaseShape, Head};
 use crate::config::{Device, DtypeChoice, Quantize};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kv::{KvPool, PageId, pages_for};
+use crate::ops::Machine;
 use crate::ops::Pool;
 use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::embed::RowSource;
-use crate::ops::linear::{Cpu, Linear};
+use crate::ops::gpu::Gpu;
+use crate::ops::linear::Linear;
 use crate::ops::memory;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
@@ -62,7 +64,7 @@ pub struct ModelInfo {
     pub labels: Vec<String>,
     /// Type of the weights: the checkpoint's or as asked for; `int8` where they were rounded to it.
     pub dtype: &'static str,
-    /// `cpu`.
+    /// `cpu`, or the GPU's name.
     pub device: String,
 }
 
@@ -92,10 +94,6 @@ impl Model {
     }
 
     fn load_inner(files: &ModelFiles, options: LoadOptions) -> Result<Self> {
-        if let Device::Cuda(index) = options.device {
-            let rule = "this build has no CUDA support; use `cpu` or `auto`";
-            return Err(Error::precondition(format!("`device` is cuda:{index}, {rule}")));
-        }
         let config = ModelConfig::parse(&files.config)?;
         let tokenizer = Tokenizer::from_bytes(&files.tokenizer)?;
         let chat_template = chat_template(files);
@@ -123,9 +121,9 @@ impl Model {
             }
         };
         let mut checkpoint = Checkpoint::open(&files.weights, dtype)?;
-        let cpu = Cpu::new(options.threads);
-        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &cpu)?;
-        let head = classifier(&mut checkpoint, &config, &cpu)?;
+        let machine = machine(options)?;
+        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &machine)?;
+        let head = classifier(&mut checkpoint, &config, &machine)?;
         let info = ModelInfo {
             name: files.name.clone(),
             family: config.family.name,
@@ -144,7 +142,7 @@ impl Model {
                 Quantize::None => checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
                 Quantize::Int8 => "int8",
             },
-            device: "cpu".into(),
+            device: machine.gpu().map_or("cpu".into(), |gpu| gpu.name()),
         };
         checkpoint.finish()?;
         memory::settle();
@@ -158,7 +156,7 @@ impl Model {
 
     /// The threads of its ops.
     pub fn threads(&self) -> &Pool {
-        &self.decoder.cpu().pool
+        &self.decoder.machine().pool
     }
 
     /// Its tokenizer.
@@ -186,18 +184,26 @@ impl Model {
             hidden_size: self.info.hidden_size,
             max_model_len: self.info.max_model_len,
             encoder: self.info.encoder,
-            cpu: self.decoder.cpu().clone(),
+            machine: self.decoder.machine().clone(),
         }
     }
 
     /// Bytes of one KV page.
     pub fn page_bytes(&self) -> usize {
-        KvPool::page_bytes(self.decoder.kv_layout(), self.info.num_layers)
+        KvPool::page_bytes(self.decoder.kv_layout(), self.info.num_layers, self.decoder.activation_dtype())
+    }
+
+    /// Bytes of the GPU that the model lies on: free, all, and what the activations of a step of `rows` rows take at most.
+    pub fn gpu_memory(&self, rows: usize) -> Result<Option<(usize, usize, usize)>> {
+        let Some(gpu) = self.decoder.machine().gpu() else { return Ok(None) };
+        let (free, total) = gpu.memory()?;
+        Ok(Some((free, total, self.decoder.step_bytes(rows))))
     }
 
     /// A pool of `pages` for this model.
     pub fn kv_pool(&self, pages: usize) -> Result<KvPool> {
-        KvPool::new(self.decoder.kv_layout(), self.info.num_layers, pages, &candle_core::Device::Cpu)
+        let (layers, dtype) = (self.info.num_layers, self.decoder.activation_dtype());
+        KvPool::new(self.decoder.kv_layout(), layers, pages, self.decoder.machine(), dtype)
     }
 
     /// Runs the batch: K and V go into `kv`; returns the hidden rows `[logit_rows, hidden]` whose logits are wanted.
@@ -269,6 +275,34 @@ impl Model {
     }
 }
 
+/// What `options` ask to run on.
+fn machine(options: LoadOptions) -> Result<Arc<Machine>> {
+    let on = |gpu: Gpu| {
+        if options.quantize == Quantize::Int8 {
+            let rule = "is for the CPU: a GPU has f32, bf16 and f16 weights";
+            return Err(Error::invalid("quantize", "int8", rule));
+        }
+        Ok(Machine::with_gpu(options.threads, gpu))
+    };
+    match options.device {
+        Device::Cpu => Ok(Machine::new(options.threads)),
+        Device::Cuda(index) => match Gpu::cuda(index) {
+            Ok(gpu) => on(gpu),
+            Err(e) => Err(Error::precondition(format!("`device` is cuda:{index}: {e}; use `cpu` or `auto`"))),
+        },
+        Device::Auto if cfg!(feature = "cuda") && options.quantize == Quantize::None => match Gpu::cuda(0) {
+            Ok(gpu) => on(gpu),
+            Err(e) => {
+                tracing::warn!("no CUDA device ({e}): serving on the CPU");
+                Ok(Machine::new(options.threads))
+            }
+        },
+        Device::Auto => Ok(Machine::new(options.threads)),
+        #[cfg(feature = "emulate")]
+        Device::Emulated => on(Gpu::emulated(0)),
+    }
+}
+
 /// A model whose template is missing or broken still serves prompts, so this is an error only for who wants it.
 fn chat_template(files: &ModelFiles) -> Result<ChatTemplate> {
     let template = ChatTemplate::from_files(files.chat_template.as_deref(), files.tokenizer_config.as_deref());
@@ -279,7 +313,7 @@ fn chat_template(files: &ModelFiles) -> Result<ChatTemplate> {
 }
 
 /// The base's own classification head, if the checkpoint has one.
-fn classifier(checkpoint: &mut Checkpoint<'_>, config: &ModelConfig, cpu: &Arc<Cpu>) -> Result<Option<Head>> {
+fn classifier(checkpoint: &mut Checkpoint<'_>, config: &ModelConfig, machine: &Arc<Machine>) -> Result<Option<Head>> {
     let (names, hidden) = (config.family.names.classifier, config.hidden_size);
     let Some(last) = names.last() else { return Ok(None) };
     let Some(labels) = checkpoint.rows(&format!("{last}.weight")) else { return Ok(None) };
@@ -287,7 +321,7 @@ fn classifier(checkpoint: &mut Checkpoint<'_>, config: &ModelConfig, cpu: &Arc<C
         let rows = if name == last { labels } else { hidden };
         let weight = checkpoint.take(&format!("{name}.weight"), &[rows, hidden])?;
         let bias = checkpoint.take(&format!("{name}.bias"), &[rows])?;
-        Ok(Linear::new(&[weight], &[Some(bias)], cpu)?)
+        Ok(Linear::new(&[weight], &[Some(bias)], machine)?)
     });
     Ok(Some(Head::new(layers.collect::<Result<_>>()?)))
 }

@@ -48,11 +48,13 @@ pub mod cross_entropy;
 pub mod dense;
 pub mod embed;
 pub mod float;
+pub mod gpu;
 #[cfg(test)]
 mod gradient;
 pub mod kv_write;
 pub mod limits;
 pub mod linear;
+mod machine;
 pub mod mapped;
 pub mod memory;
 pub mod norm;
@@ -63,6 +65,7 @@ pub mod sample;
 pub mod seed;
 
 pub use linear::Linear;
+pub use machine::{Machine, Vector};
 pub use pool::Pool;
 
 use candle_core::{CpuStorage, Layout, Result, bail};

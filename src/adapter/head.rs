@@ -17,7 +17,7 @@ impl Head {
 
     /// Number of labels.
     pub fn labels(&self) -> usize {
-        self.layers.last().map_or(0, |l| l.weight().n())
+        self.layers.last().map_or(0, |l| l.n())
     }
 
     /// Pooled rows `[m, hidden]` -> `[m, labels]`.

@@ -118,6 +118,10 @@ struct Engine {
     #[arg(long, value_name = "MIB")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory_mib: Option<usize>,
+    /// Of a GPU's memory, what weights, activations and the KV pool may take together [default: 0.9].
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory_utilization: Option<f64>,
     /// CPU threads of the model; 0: one a core.
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -10,17 +10,49 @@ const MEMORY_SHARE: usize = 4;
 /// Assumed where the system does not tell what is available.
 const UNKNOWN_MEMORY: usize = 4 << 30;
 
-/// Pages of `page_bytes` each, as `config` asks: by tokens, by memory, or neither (65,536 tokens, at most a quarter of
-/// the memory that is available).
+/// Memory of the GPU that the model lies on.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuMemory {
+    /// Bytes that are free, weights loaded.
+    pub free: usize,
+    /// Bytes that there are.
+    pub total: usize,
+    /// Bytes that the activations of a step take.
+    pub activations: usize,
+}
+
+/// Pages of `page_bytes` each, as `config` asks: by tokens, by memory, or neither (on a GPU what weights, activations and others
+/// leave of its share, else 65,536 tokens, at most a quarter of the memory that is available).
 ///
 /// # Errors
-/// `InvalidArgument` when that is not one page.
-pub fn pages(config: &EngineConfig, page_bytes: usize) -> Result<usize> {
-    let pages = match (config.kv_tokens, config.kv_memory_mib) {
-        (0, 0) => pages_for(DEFAULT_TOKENS).min(available_memory() / MEMORY_SHARE / page_bytes),
-        (0, mib) => mib.saturating_mul(1 << 20) / page_bytes,
-        (tokens, _) => pages_for(tokens),
+/// `InvalidArgument` when that is not one page, `ResourceExhausted` when a GPU has no room for what was asked.
+pub fn pages(config: &EngineConfig, page_bytes: usize, gpu: Option<GpuMemory>) -> Result<usize> {
+    let budget = gpu.map(|m| {
+        let kept = (m.total as f64 * (1.0 - config.gpu_memory_utilization)) as usize;
+        m.free.saturating_sub(kept).saturating_sub(m.activations)
+    });
+    let pages = match (config.kv_tokens, config.kv_memory_mib, budget) {
+        (0, 0, Some(budget)) => budget / page_bytes,
+        (0, 0, None) => pages_for(DEFAULT_TOKENS).min(available_memory() / MEMORY_SHARE / page_bytes),
+        (0, mib, _) => mib.saturating_mul(1 << 20) / page_bytes,
+        (tokens, ..) => pages_for(tokens),
     };
+    if let (Some(m), Some(budget)) = (gpu, budget)
+        && (pages == 0 || pages.saturating_mul(page_bytes) > budget)
+    {
+        let mib = |bytes: usize| bytes >> 20;
+        let text = format!(
+            "the KV pool needs {} MiB ({pages} pages of {page_bytes} bytes), the GPU has {} MiB for it: {} of {} MiB are free, \
+             {} MiB are for activations, engine.gpu_memory_utilization is {}",
+            mib(pages.max(1).saturating_mul(page_bytes)),
+            mib(budget),
+            mib(m.free),
+            mib(m.total),
+            mib(m.activations),
+            config.gpu_memory_utilization
+        );
+        return Err(Error::exhausted(text, None));
+    }
     if pages == 0 {
         let rule = format!("one page of {PAGE_TOKENS} tokens takes {page_bytes} bytes");
         return Err(Error::invalid("engine.kv_memory_mib", config.kv_memory_mib, rule));
@@ -45,7 +77,7 @@ mod tests {
     #[test]
     fn tokens_win_over_memory_and_memory_over_the_default() {
         let of = |kv_tokens, kv_memory_mib, page_bytes| {
-            pages(&EngineConfig { kv_tokens, kv_memory_mib, ..EngineConfig::default() }, page_bytes)
+            pages(&EngineConfig { kv_tokens, kv_memory_mib, ..EngineConfig::default() }, page_bytes, None)
         };
         assert_eq!(of(33, 5, 1 << 20).unwrap(), 3);
         assert_eq!(of(0, 5, 1 << 20).unwrap(), 5);
@@ -53,5 +85,21 @@ mod tests {
         assert!(of(0, 0, 1 << 60).is_err());
         let e = of(0, 1, 2 << 20).unwrap_err().to_string();
         assert!(e.contains("kv_memory_mib") && e.contains("2097152"), "{e}");
+    }
+
+    #[test]
+    fn a_gpu_gives_what_its_share_leaves() {
+        let memory = GpuMemory { free: 70 << 30, total: 80 << 30, activations: 2 << 30 };
+        let of = |kv_tokens, kv_memory_mib, memory| {
+            pages(&EngineConfig { kv_tokens, kv_memory_mib, ..EngineConfig::default() }, 1 << 20, Some(memory))
+        };
+        // 70 GiB less the tenth of 80 that is kept and 2 for activations.
+        assert_eq!(of(0, 0, memory).unwrap(), 60 << 10);
+        assert_eq!(of(32, 0, memory).unwrap(), 2);
+        assert_eq!(of(0, 5, memory).unwrap(), 5);
+        let e = of(0, 61 << 10, memory).unwrap_err().to_string();
+        assert!(e.contains("62464 MiB") && e.contains("has 61440 MiB") && e.contains("0.9"), "{e}");
+        let e = of(0, 0, GpuMemory { free: 9 << 30, ..memory }).unwrap_err().to_string();
+        assert!(e.contains("1 MiB") && e.contains("has 0 MiB"), "{e}");
     }
 }

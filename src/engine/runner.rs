@@ -1,12 +1,12 @@
 //! Runs a step: the pool's copies, the model, and the logits in blocks.
 use super::batcher::{self, LogitUse};
 use super::scheduler::{Scheduler, SequenceId, Step};
-use crate::adapter::{Head, KvRows};
+use crate::adapter::Head;
 use crate::error::{Error, Result};
-use crate::kv::{KvPool, PAGE_TOKENS, PageId};
+use crate::kv::KvPool;
 use crate::model::Model;
-use candle_core::{CpuStorage, Device, Storage, Tensor};
-use std::sync::Arc;
+use crate::ops::Machine;
+use candle_core::{CpuStorage, Storage, Tensor};
 
 /// Rows whose logits are held at once: `[tokens, vocab]` never exists.
 const LOGIT_ROWS: usize = 64;
@@ -43,7 +43,8 @@ impl Runner {
         }
         for digest in &step.copies {
             if let Some(resident) = scheduler.prefixes().get(digest) {
-                resident.prefix.kv.iter().try_for_each(|rows| self.copy(rows, &resident.pages))?;
+                let rows = resident.prefix.kv.iter();
+                rows.into_iter().try_for_each(|rows| self.kv.store(&rows.data, rows.len, &resident.pages))?;
             }
         }
         let (batch, uses) = batcher::build(step, scheduler, self.model.info().hidden_size);
@@ -70,26 +71,11 @@ impl Runner {
         }
         Ok(())
     }
-
-    /// Stored K and V rows into the pages of positions 0..len.
-    fn copy(&self, rows: &KvRows, pages: &[PageId]) -> Result<()> {
-        let layout = self.kv.layout();
-        let width = 2 * layout.kv_heads * layout.head_dim;
-        let layers = self.model.info().num_layers;
-        let slot = |i: usize| pages[i / PAGE_TOKENS].0 * PAGE_TOKENS as u32 + (i % PAGE_TOKENS) as u32;
-        let slots: Arc<[u32]> = (0..rows.len).map(slot).collect();
-        let all = Tensor::from_slice(&rows.data, (rows.len, layers, width), &Device::Cpu)?;
-        for layer in 0..layers {
-            // Rows 2l and 2l + 1 are neighbours: K of the layer, then V.
-            let rows = all.narrow(1, layer, 1)?.squeeze(1)?.contiguous()?;
-            self.kv.write(layer, &rows, &slots, 0)?;
-        }
-        Ok(())
-    }
 }
 
-/// The elements of contiguous logits `[n, width]`.
+/// The elements of contiguous logits `[n, width]`, wherever they are.
 fn with_values(logits: &Tensor, take: impl FnOnce(&[f32])) -> Result<()> {
+    let logits = Machine::to_host(logits)?;
     let (storage, layout) = logits.storage_and_layout();
     let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         return Err(Error::internal("logits are not contiguous f32 on the CPU"));

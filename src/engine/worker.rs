@@ -134,7 +134,9 @@ impl Worker {
         guest: Option<Guest>,
     ) -> Result<Self> {
         let info = model.info();
-        let pages = capacity::pages(config, model.page_bytes())?;
+        let gpu = model.gpu_memory(config.max_batch_tokens)?;
+        let gpu = gpu.map(|(free, total, activations)| capacity::GpuMemory { free, total, activations });
+        let pages = capacity::pages(config, model.page_bytes(), gpu)?;
         let (max_model_len, vocab_size, hidden_size) = (info.max_model_len, info.vocab_size, info.hidden_size);
         let encoder = info.encoder;
         let shared = Arc::new(Shared {

@@ -9,13 +9,15 @@ use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::activation::Activation;
 use crate::ops::cross_entropy::{CrossEntropy, cross_entropy};
-use crate::ops::embed::{Embedding, RowSource, embed};
+use crate::ops::embed::{self, Embedding, RowSource};
 use crate::ops::float;
-use crate::ops::linear::{Cpu, Linear};
+use crate::ops::gpu::DeviceRows;
+use crate::ops::linear::Linear;
 use crate::ops::norm::Norm;
 use crate::ops::prefix_attention::{KvLayout, PackedPlan, Plan, packed_attention, prefix_attention};
-use crate::ops::rope::{Frequencies, Heads, Turns, rope};
-use candle_core::{Device, Tensor};
+use crate::ops::rope::{self, Frequencies, Heads, Turns};
+use crate::ops::{Machine, Vector};
+use candle_core::{DType, Tensor};
 use std::sync::Arc;
 
 /// The frozen weights, packed, and what they need to run.
@@ -29,18 +31,25 @@ pub struct Decoder {
     head: Option<Linear>,
     /// Applied to the pooled row before a classification head, then tanh (BERT).
     pooler: Option<Linear>,
-    ropes: Vec<Frequencies>,
+    ropes: Vec<Arc<Frequencies>>,
     activation: Activation,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
     config: ModelConfig,
 }
 
 /// What all layers of one pass share.
 struct Pass<'a> {
-    positions: Arc<[u32]>,
-    /// Of the rows, by [`ModelConfig::ropes`].
-    turns: Vec<Arc<Turns>>,
+    at: At,
     view: View<'a>,
+}
+
+/// What and where the rows of a pass are.
+#[derive(Clone)]
+enum At {
+    /// On the processor: positions, and by how much they turn, by [`ModelConfig::ropes`].
+    Host { positions: Arc<[u32]>, turns: Vec<Arc<Turns>> },
+    /// On a GPU.
+    Device(Arc<DeviceRows>),
 }
 
 /// Where the layers' K and V are.
@@ -55,8 +64,7 @@ enum View<'a> {
 /// What one pass over packed sequences shares between its layers.
 pub struct PackedRows {
     inputs: Vec<RowSource>,
-    positions: Arc<[u32]>,
-    turns: Vec<Arc<Turns>>,
+    at: At,
     plan: Arc<PackedPlan>,
 }
 
@@ -70,14 +78,14 @@ impl Decoder {
         config: &ModelConfig,
         positions: usize,
         quantize: Quantize,
-        cpu: &Arc<Cpu>,
+        machine: &Arc<Machine>,
     ) -> Result<Self> {
         let names = config.family.names;
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let mut loader = Loader::new(checkpoint, config, quantize, cpu);
+        let mut loader = Loader::new(checkpoint, config, quantize, machine);
         let table = loader.linear(&[(names.embed, vocab)], hidden, false)?;
         let learned = match config.family.positions {
-            Positions::Learned(offset) => Some(loader.positions(offset, positions)?.into()),
+            Positions::Learned(offset) => Some(Vector::new(loader.positions(offset, positions)?, machine)?),
             _ => None,
         };
         let norm = loader.norm(names.norm)?;
@@ -100,31 +108,36 @@ impl Decoder {
         if config.family.scaled_embedding {
             // The factor is a tensor of the model's type there, and rounded to it.
             scale = (hidden as f32).sqrt();
-            if checkpoint.table_dtype() == Some(candle_core::DType::BF16) {
+            if checkpoint.table_dtype() == Some(DType::BF16) {
                 scale = float::bf16_to_f32(float::f32_to_bf16(scale));
             }
         }
         let ropes = config.ropes.iter().map(|r| {
             let (inv_freq, scale) = r.frequencies(positions);
-            Frequencies { inv_freq, scale }
+            Ok(Arc::new(Frequencies { inv_freq: Vector::new(inv_freq, machine)?, scale }))
         });
         let gated = !matches!(names.up, Up::Plain(_));
         Ok(Decoder {
-            embedding: Embedding { table: table.weight().clone(), scale, positions: learned },
+            embedding: Embedding { table, scale, positions: learned },
             norm,
             layers,
             head,
             pooler,
-            ropes: ropes.collect(),
-            activation: Activation::new(config.activation, gated, cpu),
-            cpu: cpu.clone(),
+            ropes: ropes.collect::<Result<_>>()?,
+            activation: Activation::new(config.activation, gated, machine),
+            machine: machine.clone(),
             config: config.clone(),
         })
     }
 
     /// The threads that it runs on.
-    pub fn cpu(&self) -> &Arc<Cpu> {
-        &self.cpu
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Type of activations, K and V: that of the weights on a GPU, f32 on the processor.
+    pub fn activation_dtype(&self) -> DType {
+        self.embedding.table.matrix().map_or(DType::F32, |table| table.dtype())
     }
 
     /// Shape of the K and V rows of a layer.
@@ -136,20 +149,25 @@ impl Decoder {
     /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted.
     pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
         let width = self.config.hidden_size;
-        let soft = Tensor::from_slice(&batch.soft, (batch.soft.len() / width, width), &Device::Cpu)?;
+        let soft = self.machine.rows(&batch.soft, width)?;
         let plan = Plan::new(batch.sequences.clone(), batch.pages.clone(), self.kv_layout(), self.config.num_heads);
+        let at = self.at(&batch.inputs, &batch.positions, &batch.slots)?;
         let view = View::Paged { kv, plan: Arc::new(plan), slots: batch.slots.as_slice().into() };
-        let pass = self.pass(&batch.positions, view);
-        self.run(&batch.inputs, &soft, &batch.logit_rows, &pass)
+        self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })
     }
 
-    fn pass<'a>(&self, positions: &[u32], view: View<'a>) -> Pass<'a> {
-        let turns = self.ropes.iter().map(|frequencies| frequencies.at(positions)).collect();
-        Pass { positions: positions.into(), turns, view }
+    fn at(&self, inputs: &[RowSource], positions: &[u32], slots: &[u32]) -> Result<At> {
+        Ok(match self.machine.gpu() {
+            Some(gpu) => At::Device(Arc::new(DeviceRows::new(gpu, inputs, positions, slots)?)),
+            None => {
+                let turns = self.ropes.iter().map(|frequencies| frequencies.at(positions)).collect();
+                At::Host { positions: positions.into(), turns }
+            }
+        })
     }
 
     fn run(&self, inputs: &[RowSource], soft: &Tensor, wanted: &[u32], pass: &Pass<'_>) -> Result<Option<Tensor>> {
-        let mut hidden = self.embed(inputs, soft, &pass.positions)?;
+        let mut hidden = self.embed(inputs, soft, &pass.at)?;
         for index in 0..self.layers.len() {
             hidden = self.layer(index, &hidden, pass)?;
         }
@@ -157,22 +175,35 @@ impl Decoder {
     }
 
     /// Input rows -> `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
-    fn embed(&self, inputs: &[RowSource], soft: &Tensor, positions: &Arc<[u32]>) -> Result<Tensor> {
-        let hidden = embed(&self.embedding, soft, inputs.to_vec(), positions, &self.cpu)?;
+    fn embed(&self, inputs: &[RowSource], soft: &Tensor, at: &At) -> Result<Tensor> {
+        let hidden = match (at, self.machine.gpu()) {
+            (At::Device(rows), Some(gpu)) => embed::device::embed(gpu, &self.embedding, soft, rows)?,
+            (At::Host { positions, .. }, _) => {
+                embed::embed(&self.embedding, soft, inputs.to_vec(), positions, &self.machine)?
+            }
+            (At::Device(_), None) => return Err(Error::internal("rows on a GPU, the model is not")),
+        };
         if self.config.family.encoder { Ok(self.norm.forward(&hidden)?) } else { Ok(hidden) }
     }
 
-    /// What tokens enter the first layer as, without learned positions: `[tokens, hidden]`.
+    /// What tokens enter the first layer as, without learned positions: `[tokens, hidden]` in f32 on the processor.
     pub fn token_rows(&self, tokens: &[u32]) -> Result<Tensor> {
         let bare = Embedding { positions: None, ..self.embedding.clone() };
-        let none = Tensor::zeros((0, self.config.hidden_size), candle_core::DType::F32, &Device::Cpu)?;
-        let rows = tokens.iter().map(|id| RowSource::Token(*id)).collect();
-        Ok(embed(&bare, &none, rows, &(0..tokens.len() as u32).collect(), &self.cpu)?)
+        let none = Tensor::zeros((0, self.config.hidden_size), DType::F32, &self.machine.device())?;
+        let rows: Vec<_> = tokens.iter().map(|id| RowSource::Token(*id)).collect();
+        let positions: Vec<u32> = (0..tokens.len() as u32).collect();
+        Ok(match self.machine.gpu() {
+            Some(gpu) => {
+                let rows = Arc::new(DeviceRows::new(gpu, &rows, &positions, &[])?);
+                Machine::to_host(&embed::device::embed(gpu, &bare, &none, &rows)?)?
+            }
+            None => embed::embed(&bare, &none, rows, &positions.into(), &self.machine)?,
+        })
     }
 
     /// The rows `wanted` of the last layer's output, final norm applied.
     pub fn finish(&self, hidden: &Tensor, wanted: &[u32]) -> Result<Tensor> {
-        let rows = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
+        let rows = Tensor::from_slice(wanted, wanted.len(), &self.machine.device())?;
         let hidden = hidden.index_select(&rows, 0)?;
         Ok(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? })
     }
@@ -185,28 +216,31 @@ impl Decoder {
         4 * (6 * c.hidden_size + 3 * (q + 2 * kv) + q + 3 * c.intermediate_size)
     }
 
+    /// Bytes that the activations of a step of `rows` rows take at most on a GPU: what one layer has at once, the logits of a block
+    /// of rows, and the parts of attention.
+    pub fn step_bytes(&self, rows: usize) -> usize {
+        let c = &self.config;
+        let logits = 4 * c.vocab_size * rows.min(64);
+        2 * rows * self.activation_bytes_per_row() + 2 * logits + 4 * rows * c.num_heads * (c.head_dim + 2) * 4
+    }
+
     /// Prepares a pass over packed sequences.
-    pub fn packed(&self, batch: &PackedBatch) -> PackedRows {
+    pub fn packed(&self, batch: &PackedBatch) -> Result<PackedRows> {
         let plan =
             PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
-        PackedRows {
-            inputs: batch.inputs.clone(),
-            positions: batch.positions.as_slice().into(),
-            turns: self.ropes.iter().map(|frequencies| frequencies.at(&batch.positions)).collect(),
-            plan: Arc::new(plan),
-        }
+        let at = self.at(&batch.inputs, &batch.positions, &[])?;
+        Ok(PackedRows { inputs: batch.inputs.clone(), at, plan: Arc::new(plan) })
     }
 
     /// The input of the first layer `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
     pub fn packed_inputs(&self, rows: &PackedRows, soft: &Tensor) -> Result<Tensor> {
-        self.embed(&rows.inputs, soft, &rows.positions)
+        self.embed(&rows.inputs, soft, &rows.at)
     }
 
     /// One layer of packed rows `[rows, hidden]`, in the bits of [`Decoder::forward`]; differentiable in them and in the
     /// layer's `stored` rows `[stored, 2 * kv_heads * head_dim]`, K then V.
     pub fn packed_layer(&self, index: usize, x: &Tensor, rows: &PackedRows, stored: Option<&Tensor>) -> Result<Tensor> {
-        let view = View::Packed { stored, plan: rows.plan.clone() };
-        let pass = Pass { positions: rows.positions.clone(), turns: rows.turns.clone(), view };
+        let pass = Pass { at: rows.at.clone(), view: View::Packed { stored, plan: rows.plan.clone() } };
         self.layer(index, x, &pass)
     }
 
@@ -259,14 +293,22 @@ impl Decoder {
         if let Some(norm) = &layer.head_norm {
             qkv = norm.forward(&qkv)?;
         }
-        if let Some(turns) = facts.rope.and_then(|i| pass.turns.get(i)) {
-            qkv = rope(&qkv, turns, Heads { count: heads + kv_heads, dim }, &self.cpu)?;
+        if let Some(i) = facts.rope {
+            qkv = match (&pass.at, self.machine.gpu()) {
+                (At::Device(rows), Some(gpu)) => {
+                    rope::device::rope(gpu, &qkv, rows, &self.ropes[i], heads, self.kv_layout())?
+                }
+                (At::Host { turns, .. }, _) => {
+                    rope::rope(&qkv, &turns[i], Heads { count: heads + kv_heads, dim }, &self.machine)?
+                }
+                (At::Device(_), None) => return Err(Error::internal("rows on a GPU, the model is not")),
+            };
         }
         match &pass.view {
             View::Paged { kv, plan, slots } => {
                 kv.write(index, &qkv, slots, heads * dim)?;
-                let (keys, values) = kv.layer(index);
-                Ok(prefix_attention(&qkv, keys, values, plan, facts.attention, &self.cpu)?)
+                let (keys, values) = kv.host(index)?;
+                Ok(prefix_attention(&qkv, keys, values, plan, facts.attention, &self.machine)?)
             }
             View::Packed { stored, plan } => {
                 let width = kv_heads * dim;
@@ -277,7 +319,7 @@ impl Decoder {
                     Ok(Tensor::cat(&[stored, own], 0)?.contiguous()?)
                 };
                 let q = qkv.narrow(1, 0, heads * dim)?.contiguous()?;
-                Ok(packed_attention(&q, &rows(0)?, &rows(1)?, plan, facts.attention, &self.cpu)?)
+                Ok(packed_attention(&q, &rows(0)?, &rows(1)?, plan, facts.attention, &self.machine)?)
             }
         }
     }
@@ -291,7 +333,7 @@ impl Decoder {
     /// # Errors
     /// `Internal` for an encoder, which has none.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = self.vocabulary()?.forward(hidden)?;
+        let logits = self.vocabulary()?.forward_f32(hidden)?;
         Ok(match self.config.logit_cap {
             None => logits,
             Some(cap) => ((logits / cap)?.tanh()? * cap)?,

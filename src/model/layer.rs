@@ -3,7 +3,8 @@ use super::config::{ModelConfig, NormKind, Qkv, Up};
 use super::weights::Checkpoint;
 use crate::config::Quantize;
 use crate::error::Result;
-use crate::ops::linear::{Cpu, Linear};
+use crate::ops::Machine;
+use crate::ops::linear::Linear;
 use crate::ops::norm::{HeadNorm, Norm};
 use candle_core::{DType, Tensor};
 use std::sync::Arc;
@@ -29,7 +30,7 @@ pub struct Loader<'l, 'c> {
     checkpoint: &'l mut Checkpoint<'c>,
     config: &'l ModelConfig,
     quantize: Quantize,
-    cpu: &'l Arc<Cpu>,
+    machine: &'l Arc<Machine>,
     /// What the names start with.
     root: &'static str,
     /// What `{}` in a name stands for.
@@ -45,12 +46,12 @@ impl<'l, 'c> Loader<'l, 'c> {
         checkpoint: &'l mut Checkpoint<'c>,
         config: &'l ModelConfig,
         quantize: Quantize,
-        cpu: &'l Arc<Cpu>,
+        machine: &'l Arc<Machine>,
     ) -> Self {
         let names = config.family.names;
         let found = names.roots.iter().find(|root| checkpoint.has(&format!("{root}{}.weight", names.embed)));
         let root = found.or(names.roots.first()).copied().unwrap_or("");
-        Loader { checkpoint, config, quantize, cpu, root, layer: String::new() }
+        Loader { checkpoint, config, quantize, machine, root, layer: String::new() }
     }
 
     /// The layer `index`.
@@ -61,7 +62,7 @@ impl<'l, 'c> Loader<'l, 'c> {
         let head_norm = if c.family.head_norm {
             let q = self.norm_weight("layers.{}.self_attn.q_norm", c.head_dim)?;
             let k = self.norm_weight("layers.{}.self_attn.k_norm", c.head_dim)?;
-            Some(HeadNorm::new(q, k, c.norm_eps, [c.num_heads, c.num_kv_heads], self.cpu))
+            Some(HeadNorm::new(q, k, c.norm_eps, [c.num_heads, c.num_kv_heads], self.machine)?)
         } else {
             None
         };
@@ -119,8 +120,8 @@ impl<'l, 'c> Loader<'l, 'c> {
 
     fn pack(&self, weights: &[Tensor], biases: &[Option<Tensor>]) -> Result<Linear> {
         Ok(match self.quantize {
-            Quantize::None => Linear::new(weights, biases, self.cpu)?,
-            Quantize::Int8 => Linear::int8(weights, biases, self.cpu)?,
+            Quantize::None => Linear::new(weights, biases, self.machine)?,
+            Quantize::Int8 => Linear::int8(weights, biases, self.machine)?,
         })
     }
 
@@ -143,10 +144,10 @@ impl<'l, 'c> Loader<'l, 'c> {
         let c = self.config;
         let weight = self.norm_weight(name, c.hidden_size)?;
         Ok(match c.family.norm {
-            NormKind::Rms | NormKind::RmsPlusOne => Norm::rms(weight, c.norm_eps, self.cpu),
+            NormKind::Rms | NormKind::RmsPlusOne => Norm::rms(weight, c.norm_eps, self.machine)?,
             NormKind::Layer => {
                 let bias = self.vector(name, ["bias", "beta"], c.hidden_size)?;
-                Norm::layer(weight, bias, c.norm_eps, self.cpu)
+                Norm::layer(weight, bias, c.norm_eps, self.machine)?
             }
         })
     }

@@ -64,7 +64,7 @@ impl PackedPass {
         activations: Activations,
     ) -> Result<Self> {
         Ok(PackedPass {
-            rows: model.decoder.packed(batch),
+            rows: model.decoder.packed(batch)?,
             wanted: batch.wanted.clone(),
             activations,
             soft: Var::from_tensor(&soft.detach())?,

@@ -1,7 +1,7 @@
 //! `activation`: the nonlinearity of a feed-forward layer, elementwise or times a second half.
 //!
 //! Gated: y = f(gate) * up, of a fused projection `[gate | up]` (SwiGLU and GeGLU, Shazeer 2020). Plain: y = f(x).
-use super::{f32_slice, float, linear::Cpu, make_rows};
+use super::{Machine, f32_slice, float, make_rows};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -64,13 +64,13 @@ pub struct Activation {
     function: Function,
     /// Rows are `[gate | up]`.
     gated: bool,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 impl Activation {
     /// Runs on the model's threads.
-    pub fn new(function: Function, gated: bool, cpu: &Arc<Cpu>) -> Self {
-        Activation { function, gated, cpu: cpu.clone() }
+    pub fn new(function: Function, gated: bool, machine: &Arc<Machine>) -> Self {
+        Activation { function, gated, machine: machine.clone() }
     }
 
     /// x `[m, intermediate]`, twice as wide if gated -> `[m, intermediate]`.
@@ -111,7 +111,7 @@ impl CustomOp1 for Activation {
             bail!("activation: x is [{m}, {width}], the width of [gate | up] must be even");
         }
         let out_width = if self.gated { width / 2 } else { width };
-        let y = make_rows(&self.cpu.pool, m, out_width, |first, y| {
+        let y = make_rows(&self.machine.pool, m, out_width, |first, y| {
             for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(out_width)) {
                 let (gate, up) = x.split_at(out_width);
                 self.row(gate, up, y);
@@ -137,7 +137,7 @@ impl CustomOp2 for Gradient {
         let (x, dy) = (f32_slice(x, xl, "activation")?, f32_slice(dy, dyl, "activation")?);
         let (m, width) = xl.shape().dims2()?;
         let out = if self.0.gated { width / 2 } else { width };
-        let dx = make_rows(&self.0.cpu.pool, m, width, |first, dx| {
+        let dx = make_rows(&self.0.machine.pool, m, width, |first, dx| {
             let rows = x[first * width..].chunks_exact(width).zip(dy[first * out..].chunks_exact(out));
             for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
                 let (gate, up) = x.split_at(out);
@@ -213,10 +213,10 @@ mod tests {
         let (m, n) = (19, 21);
         let x: Vec<f32> = (0..m * 2 * n).map(|i| (i as f32 * 0.7).sin() * 12.0).collect();
         for (function, want) in cases {
-            let cpu = Cpu::new(2);
+            let machine = Machine::new(2);
             let wide = Tensor::from_slice(&x, (m, 2 * n), &Device::Cpu).unwrap();
-            let plain = Activation::new(function, false, &cpu).forward(&wide).unwrap().to_vec2::<f32>().unwrap();
-            let gated = Activation::new(function, true, &cpu).forward(&wide).unwrap().to_vec2::<f32>().unwrap();
+            let plain = Activation::new(function, false, &machine).forward(&wide).unwrap().to_vec2::<f32>().unwrap();
+            let gated = Activation::new(function, true, &machine).forward(&wide).unwrap().to_vec2::<f32>().unwrap();
             for (i, row) in x.chunks(2 * n).enumerate() {
                 for j in 0..2 * n {
                     let f = want(f64::from(row[j]));

@@ -47,7 +47,7 @@ pub fn cross_entropy(
         }
         let mut losses = vec![Loss::default(); targets.len()];
         let (rows, out) = (Shared(logits.as_mut_ptr()), Shared(losses.as_mut_ptr()));
-        head.cpu().pool.for_each(targets.len(), |r| {
+        head.machine().pool.for_each(targets.len(), |r| {
             // SAFETY: a row and its loss belong to one unit of work.
             let (row, loss) =
                 unsafe { (std::slice::from_raw_parts_mut(rows.get().add(r * vocab), vocab), &mut *out.get().add(r)) };
@@ -115,13 +115,13 @@ simd! {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::ops::linear::Cpu;
+    use crate::ops::Machine;
     use candle_core::Device;
 
     #[test]
     fn greedy_says_what_decoding_would_choose() {
         let w = Tensor::new(&[[1f32], [2.0], [2.0]], &Device::Cpu).unwrap();
-        let head = Linear::new(&[w], &[None], &Cpu::new(1)).unwrap();
+        let head = Linear::new(&[w], &[None], &Machine::new(1)).unwrap();
         let x = Tensor::new(&[[1f32], [1.0], [-1.0]], &Device::Cpu).unwrap();
         let got = cross_entropy(&x, &[1, 2, 0], &head, None, false).unwrap();
         assert_eq!(got.greedy, [true, false, true]);
@@ -140,7 +140,7 @@ mod tests {
         let (x, w) = (noise(1, n * width), noise(2, vocab * width));
         let targets: Vec<u32> = (0..n as u32).map(|i| i * 7 % vocab as u32).collect();
         let tensor = |v: &[f32], rows: usize| Tensor::from_slice(v, (rows, width), &Device::Cpu).unwrap();
-        let head = Linear::new(&[tensor(&w, vocab)], &[None], &Cpu::new(1)).unwrap();
+        let head = Linear::new(&[tensor(&w, vocab)], &[None], &Machine::new(1)).unwrap();
         for cap in [None, Some(1.5)] {
             let loss = |x: &[f32]| -> f64 {
                 let row = |x: &[f32], target: u32| {

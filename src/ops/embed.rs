@@ -1,6 +1,7 @@
 //! `embed`: rows of the token table and rows of soft prompts gathered into one packed tensor, and learned positions.
-use super::linear::{Cpu, Packed};
-use super::{f32_slice, make_rows};
+pub mod device;
+
+use super::{Linear, Machine, Vector, f32_slice, make_rows};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -17,18 +18,18 @@ pub enum RowSource {
 #[derive(Clone)]
 pub struct Embedding {
     /// One row a token, shared with a tied head.
-    pub table: Arc<Packed>,
+    pub table: Linear,
     /// Token rows are multiplied by this (Gemma: sqrt(hidden)); soft rows are not.
     pub scale: f32,
     /// Learned positions `[positions, hidden]`, added to every row, soft ones too.
-    pub positions: Option<Arc<[f32]>>,
+    pub positions: Option<Vector>,
 }
 
 struct Embed {
     embedding: Embedding,
     rows: Vec<RowSource>,
     positions: Arc<[u32]>,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 /// `rows` and their `positions` `[rows]`, `soft` `[num_soft, hidden]` -> `[rows, hidden]` in f32.
@@ -37,9 +38,9 @@ pub fn embed(
     soft: &Tensor,
     rows: Vec<RowSource>,
     positions: &Arc<[u32]>,
-    cpu: &Arc<Cpu>,
+    machine: &Arc<Machine>,
 ) -> Result<Tensor> {
-    soft.apply_op1(Embed { embedding: embedding.clone(), rows, positions: positions.clone(), cpu: cpu.clone() })
+    soft.apply_op1(Embed { embedding: embedding.clone(), rows, positions: positions.clone(), machine: machine.clone() })
 }
 
 impl CustomOp1 for Embed {
@@ -50,6 +51,7 @@ impl CustomOp1 for Embed {
     fn cpu_fwd(&self, soft: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let soft = f32_slice(soft, layout, "embed")?;
         let Embedding { table, scale, positions } = &self.embedding;
+        let Some(table) = table.packed() else { bail!("embed: the table is not on the CPU") };
         let hidden = table.k();
         let (num_soft, width) = layout.shape().dims2()?;
         if width != hidden || self.rows.len() != self.positions.len() {
@@ -63,7 +65,7 @@ impl CustomOp1 for Embed {
         if let Some(other) = self.rows.iter().find(|row| !known(row)) {
             bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", table.n());
         }
-        let mut y = make_rows(&self.cpu.pool, self.rows.len(), hidden, |first, y| {
+        let mut y = make_rows(&self.machine.pool, self.rows.len(), hidden, |first, y| {
             for (row, y) in self.rows[first..].iter().zip(y.chunks_exact_mut(hidden)) {
                 match *row {
                     RowSource::Token(id) => {
@@ -105,26 +107,27 @@ impl CustomOp1 for Embed {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::ops::linear::Isa;
     use candle_core::Device;
 
     #[test]
     fn gathers_and_refuses() {
-        let table = Arc::new(Packed::f32(&[0., 1., 2., 3., 4., 5.], 3, 2, Isa::Auto));
+        let machine = Machine::new(1);
+        let table = Tensor::new(&[[0f32, 1.], [2., 3.], [4., 5.]], &Device::Cpu).unwrap();
+        let table = Linear::new(&[table], &[None], &machine).unwrap();
         let soft = Tensor::new(&[[10f32, 11.]], &Device::Cpu).unwrap();
         let mut embedding = Embedding { table, scale: 1.0, positions: None };
         let rows = vec![RowSource::Token(2), RowSource::Soft(0), RowSource::Token(0)];
         let at: Arc<[u32]> = vec![1, 2, 0].into();
-        let y = embed(&embedding, &soft, rows.clone(), &at, &Cpu::new(1)).unwrap();
+        let y = embed(&embedding, &soft, rows.clone(), &at, &Machine::new(1)).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[4., 5.], [10., 11.], [0., 1.]]);
         let one: Arc<[u32]> = vec![0].into();
-        assert!(embed(&embedding, &soft, vec![RowSource::Token(3)], &one, &Cpu::new(1)).is_err());
-        assert!(embed(&embedding, &soft, vec![RowSource::Soft(1)], &one, &Cpu::new(1)).is_err());
+        assert!(embed(&embedding, &soft, vec![RowSource::Token(3)], &one, &Machine::new(1)).is_err());
+        assert!(embed(&embedding, &soft, vec![RowSource::Soft(1)], &one, &Machine::new(1)).is_err());
         // The scale is for tokens, learned positions for all.
         embedding.scale = 2.0;
-        embedding.positions = Some(vec![0.1, 0.2, 100., 200., 1000., 2000.].into());
-        let y = embed(&embedding, &soft, rows.clone(), &at, &Cpu::new(1)).unwrap();
+        embedding.positions = Some(Vector::new(vec![0.1, 0.2, 100., 200., 1000., 2000.], &machine).unwrap());
+        let y = embed(&embedding, &soft, rows.clone(), &at, &Machine::new(1)).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[108., 210.], [1010., 2011.], [0.1, 2.2]]);
-        assert!(embed(&embedding, &soft, rows, &vec![1, 2, 3].into(), &Cpu::new(1)).is_err());
+        assert!(embed(&embedding, &soft, rows, &vec![1, 2, 3].into(), &Machine::new(1)).is_err());
     }
 }

@@ -3,9 +3,10 @@
 use super::activation::{Activation, Function};
 use super::embed::{Embedding, RowSource, embed};
 use super::float::{bf16_to_f32, f32_to_bf16};
-use super::linear::{Cpu, Isa, Kind, Linear, Packed, Scratch};
+use super::linear::{Isa, Kind, Linear, Packed, Scratch};
 use super::norm::{HeadNorm, Norm};
 use super::rope::{Frequencies, Heads, rope};
+use super::{Machine, Vector};
 use candle_core::{Device, Result, Tensor, Var};
 use std::sync::Arc;
 
@@ -49,9 +50,9 @@ fn weight(n: usize, k: usize) -> Tensor {
 #[test]
 fn linear() {
     for (m, k, n) in [(1, 5, 3), (3, 70, 33), (9, 130, 40)] {
-        let cpu = Cpu::new(2);
+        let machine = Machine::new(2);
         let bias = Tensor::from_vec(noise(5, n), n, &Device::Cpu).unwrap();
-        let f32 = Linear::new(&[weight(n, k)], &[Some(bias)], &cpu).unwrap();
+        let f32 = Linear::new(&[weight(n, k)], &[Some(bias)], &machine).unwrap();
         check("linear", (m, k), |x| f32.forward(x));
         let residual = Tensor::from_vec(noise(4, m * n), (m, n), &Device::Cpu).unwrap();
         check("linear's x beside a residual", (m, k), |x| f32.forward_add(x, &residual));
@@ -80,7 +81,7 @@ fn linear_input_gradient() {
             }
             let run = |dy: &[f32], threads| {
                 let mut dx = vec![f32::NAN; dy.len() / n * k];
-                packed.backward(dy, dy.len() / n, &mut dx, &mut Scratch::default(), &Cpu::new(threads).pool);
+                packed.backward(dy, dy.len() / n, &mut dx, &mut Scratch::default(), &Machine::new(threads).pool);
                 dx
             };
             let all = run(&dy, 2);
@@ -100,39 +101,44 @@ fn linear_input_gradient() {
 fn activations() {
     for function in [Function::Silu, Function::Gelu, Function::GeluTanh] {
         for gated in [false, true] {
-            let op = Activation::new(function, gated, &Cpu::new(2));
+            let op = Activation::new(function, gated, &Machine::new(2));
             check(&format!("{function:?} {gated}"), (3, 22), |x| op.forward(x));
         }
     }
     // Differences are no judge at relu's corner: away from it.
-    let op = Activation::new(Function::Relu, false, &Cpu::new(1));
+    let op = Activation::new(Function::Relu, false, &Machine::new(1));
     check("relu", (2, 9), |x| op.forward(&((x * 100.0)? + 0.5)?));
 }
 
 #[test]
 fn norms() {
     let (w, b) = (noise(7, 19), noise(8, 19));
-    let (rms, layer) = (Norm::rms(w.clone(), 1e-3, &Cpu::new(2)), Norm::layer(w, b, 1e-3, &Cpu::new(2)));
+    let (rms, layer) =
+        (Norm::rms(w.clone(), 1e-3, &Machine::new(2)).unwrap(), Norm::layer(w, b, 1e-3, &Machine::new(2)).unwrap());
     check("rms norm", (3, 19), |x| rms.forward(x));
     check("layer norm", (3, 19), |x| layer.forward(x));
     // 2 query heads, 1 key head, 1 value head of 6.
-    let heads = HeadNorm::new(noise(9, 6), noise(10, 6), 1e-3, [2, 1], &Cpu::new(2));
+    let heads = HeadNorm::new(noise(9, 6), noise(10, 6), 1e-3, [2, 1], &Machine::new(2)).unwrap();
     check("head norm", (3, 24), |x| heads.forward(x));
 }
 
 #[test]
 fn rotations() {
-    let turns = Frequencies { inv_freq: vec![1.0, 0.3], scale: 1.2 }.at(&[0, 7, 39]);
+    let inv_freq = Vector::new(vec![1.0, 0.3], &Machine::new(1)).unwrap();
+    let turns = Frequencies { inv_freq, scale: 1.2 }.at(&[0, 7, 39]);
     // Two heads of 6 turn in their first 4 elements; the rest of a row stays.
-    check("rope", (3, 17), |x| rope(x, &turns, Heads { count: 2, dim: 6 }, &Cpu::new(2)));
+    check("rope", (3, 17), |x| rope(x, &turns, Heads { count: 2, dim: 6 }, &Machine::new(2)));
 }
 
 #[test]
 fn embeddings() {
-    let table = Arc::new(Packed::f32(&noise(11, 5 * 7), 5, 7, Isa::Auto));
-    let embedding = Embedding { table, scale: 3.0, positions: Some(noise(12, 6 * 7).into()) };
+    let table =
+        Linear::new(&[Tensor::from_vec(noise(11, 5 * 7), (5, 7), &Device::Cpu).unwrap()], &[None], &Machine::new(1))
+            .unwrap();
+    let embedding =
+        Embedding { table, scale: 3.0, positions: Some(Vector::new(noise(12, 6 * 7), &Machine::new(1)).unwrap()) };
     // Row 1 is used twice, row 2 never.
     let rows = [RowSource::Soft(1), RowSource::Token(4), RowSource::Soft(0), RowSource::Soft(1)];
     let positions: Arc<[u32]> = vec![0, 1, 2, 5].into();
-    check("embed", (3, 7), |soft| embed(&embedding, soft, rows.to_vec(), &positions, &Cpu::new(2)));
+    check("embed", (3, 7), |soft| embed(&embedding, soft, rows.to_vec(), &positions, &Machine::new(2)));
 }

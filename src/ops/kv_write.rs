@@ -1,4 +1,6 @@
 //! `kv_write`: new K and V rows into their slots of the pool.
+pub mod device;
+
 use super::f32_slice;
 use super::prefix_attention::{KvLayout, PAGE};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, bail};

@@ -3,51 +3,39 @@
 //! candle's matmul computes the gradient of both operands, widens bf16 at each call and sums in an order that
 //! depends on the number of rows. This op has none of that: the weight is not a tensor of the graph at all.
 mod buffer;
+mod matrix;
 mod pack;
 mod packed;
 mod product;
 mod tile;
 mod transposed;
 
+pub use matrix::Matrix;
 pub use packed::Packed;
 pub(super) use product::bench_tile;
 pub use product::{Addends, Scratch};
 pub use tile::{Isa, Kind};
 
-use super::{Pool, f32_slice};
+use super::{Machine, Vector, f32_slice};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// What the CPU ops of one model share: the threads, and memory that would otherwise be allocated at each call.
-pub struct Cpu {
-    /// The threads.
-    pub pool: Pool,
-    scratch: Mutex<Scratch>,
-}
-
-impl Cpu {
-    /// `threads` 0 means one a core.
-    pub fn new(threads: usize) -> Arc<Self> {
-        Arc::new(Cpu { pool: Pool::new(threads), scratch: Mutex::default() })
-    }
-
-    fn scratch(&self) -> MutexGuard<'_, Scratch> {
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl std::fmt::Debug for Cpu {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Cpu({} threads)", self.pool.threads())
-    }
-}
+use matrix::Product;
+use std::sync::Arc;
 
 /// A frozen layer W `[n, k]` with an optional bias `[n]`. Cheap to clone.
 #[derive(Clone)]
 pub struct Linear {
-    weight: Arc<Packed>,
-    bias: Option<Arc<[f32]>>,
-    cpu: Arc<Cpu>,
+    weight: Weight,
+    bias: Option<Vector>,
+    machine: Arc<Machine>,
+}
+
+/// Where the weight lies.
+#[derive(Clone)]
+enum Weight {
+    /// On the processor, in panels.
+    Packed(Arc<Packed>),
+    /// On the GPU.
+    Matrix(Arc<Matrix>),
 }
 
 impl Linear {
@@ -56,9 +44,12 @@ impl Linear {
     ///
     /// # Errors
     /// A shape that differs, or a dtype that is none of the three.
-    pub fn new(weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
+    pub fn new(weights: &[Tensor], biases: &[Option<Tensor>], machine: &Arc<Machine>) -> Result<Self> {
         let weight = Tensor::cat(weights, 0)?;
         let (n, k) = weight.dims2()?;
+        if let Some(gpu) = machine.gpu() {
+            return Self::with(Weight::Matrix(Arc::new(Matrix::new(gpu, &weight)?)), weights, biases, machine);
+        }
         let packed = match weight.dtype() {
             DType::BF16 => Packed::bf16(&weight.flatten_all()?.to_vec1::<half::bf16>()?, n, k, Isa::Auto),
             DType::F16 | DType::F32 => {
@@ -66,19 +57,23 @@ impl Linear {
             }
             other => bail!("linear: weights of type {other:?} are not supported"),
         };
-        Self::packed(packed, weights, biases, cpu)
+        Self::with(Weight::Packed(Arc::new(packed)), weights, biases, machine)
     }
 
     /// The same with the weights rounded to int8; see [`Packed::int8`].
-    pub fn int8(weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
+    pub fn int8(weights: &[Tensor], biases: &[Option<Tensor>], machine: &Arc<Machine>) -> Result<Self> {
+        if machine.gpu().is_some() {
+            bail!("linear: int8 weights are for the CPU");
+        }
         let weight = Tensor::cat(weights, 0)?.to_dtype(DType::F32)?;
         let (n, k) = weight.dims2()?;
         let packed = Packed::int8(&weight.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto);
-        Self::packed(packed, weights, biases, cpu)
+        Self::with(Weight::Packed(Arc::new(packed)), weights, biases, machine)
     }
 
-    fn packed(weight: Packed, weights: &[Tensor], biases: &[Option<Tensor>], cpu: &Arc<Cpu>) -> Result<Self> {
-        let mut bias = vec![0f32; weight.n()];
+    fn with(weight: Weight, weights: &[Tensor], biases: &[Option<Tensor>], machine: &Arc<Machine>) -> Result<Self> {
+        let rows = weights.iter().map(|w| w.dim(0)).sum::<Result<usize>>()?;
+        let mut bias = vec![0f32; rows];
         let mut row = 0;
         for (w, b) in weights.iter().zip(biases) {
             let rows = w.dim(0)?;
@@ -91,33 +86,71 @@ impl Linear {
             }
             row += rows;
         }
-        let bias = biases.iter().any(Option::is_some).then(|| bias.into());
-        Ok(Linear { weight: Arc::new(weight), bias, cpu: cpu.clone() })
+        let bias = biases.iter().any(Option::is_some).then(|| Vector::new(bias, machine)).transpose()?;
+        Ok(Linear { weight, bias, machine: machine.clone() })
     }
 
-    /// The packed weight: a tied embedding reads its rows.
-    pub fn weight(&self) -> &Arc<Packed> {
-        &self.weight
+    /// The packed weight, if it lies on the processor: a tied embedding reads its rows.
+    pub fn packed(&self) -> Option<&Packed> {
+        if let Weight::Packed(packed) = &self.weight { Some(packed) } else { None }
+    }
+
+    /// The weight, if it lies on the GPU.
+    pub fn matrix(&self) -> Option<&Matrix> {
+        if let Weight::Matrix(matrix) = &self.weight { Some(matrix) } else { None }
+    }
+
+    /// Width of what comes out.
+    pub fn n(&self) -> usize {
+        match &self.weight {
+            Weight::Packed(w) => w.n(),
+            Weight::Matrix(w) => w.n(),
+        }
+    }
+
+    /// Width of what goes in.
+    pub fn k(&self) -> usize {
+        match &self.weight {
+            Weight::Packed(w) => w.k(),
+            Weight::Matrix(w) => w.k(),
+        }
     }
 
     /// x `[m, k]` -> `[m, n]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1(self.clone())
+        match (self.machine.gpu(), self.matrix()) {
+            (Some(gpu), Some(w)) => gpu.apply1(Product { linear: self.clone(), out: w.dtype() }, x),
+            _ => x.apply_op1(self.clone()),
+        }
+    }
+
+    /// The same in f32, whatever the type of the weights: logits are not rounded to it.
+    pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
+        match self.machine.gpu() {
+            Some(gpu) => gpu.apply1(Product { linear: self.clone(), out: DType::F32 }, x),
+            None => x.apply_op1(self.clone()),
+        }
     }
 
     /// x `[m, k]`, residual `[m, n]` -> residual + x W^T + bias.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        x.apply_op2(residual, self.clone())
+        match (self.machine.gpu(), self.matrix()) {
+            (Some(gpu), Some(w)) => gpu.apply2(Product { linear: self.clone(), out: w.dtype() }, x, residual),
+            _ => x.apply_op2(residual, self.clone()),
+        }
     }
 
     /// dy `[m, n]` -> dx `[m, k]`, from the panels that serve.
     pub fn input_gradient(&self, dy: &Tensor) -> Result<Tensor> {
-        dy.contiguous()?.apply_op1(InputGradient(self.clone()))
+        match self.machine.gpu() {
+            Some(gpu) => gpu.apply1(matrix::InputGradient(self.clone()), &dy.contiguous()?),
+            None => dy.contiguous()?.apply_op1(InputGradient(self.clone())),
+        }
     }
 
     /// What its ops share.
-    pub(super) fn cpu(&self) -> &Cpu {
-        &self.cpu
+    pub(super) fn machine(&self) -> &Machine {
+        &self.machine
     }
 
     /// x `[m, k]` -> the elements of `[m, n]`, on the host, outside of any graph.
@@ -129,18 +162,18 @@ impl Linear {
 
     fn run(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
         let y = self.product(x, layout, residual)?;
-        Ok((CpuStorage::F32(y), (layout.shape().dims2()?.0, self.weight.n()).into()))
+        Ok((CpuStorage::F32(y), (layout.shape().dims2()?.0, self.n()).into()))
     }
 
     fn product(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<Vec<f32>> {
         let x = f32_slice(x, layout, "linear")?;
         let (m, k) = layout.shape().dims2()?;
-        let n = self.weight.n();
-        if k != self.weight.k() {
-            bail!("linear: x is [{m}, {k}], the weight [{n}, {}]", self.weight.k());
+        let Some(weight) = self.packed() else { bail!("linear: the weight is not on the CPU") };
+        if k != weight.k() {
+            bail!("linear: x is [{m}, {k}], the weight [{}, {}]", weight.n(), weight.k());
         }
         let add = Addends { bias: self.bias.as_deref(), residual };
-        Ok(self.weight.forward(x, m, add, &mut self.cpu.scratch(), &self.cpu.pool))
+        Ok(weight.forward(x, m, add, &mut self.machine.scratch(), &self.machine.pool))
     }
 }
 
@@ -167,14 +200,14 @@ impl CustomOp1 for InputGradient {
     }
 
     fn cpu_fwd(&self, dy: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let weight = &self.0.weight;
+        let Some(weight) = self.0.packed() else { bail!("linear: the weight is not on the CPU") };
         let (m, n) = layout.shape().dims2()?;
         if n != weight.n() {
             bail!("linear: dy is [{m}, {n}], the weight [{}, {}]", weight.n(), weight.k());
         }
         let mut dx = vec![0f32; m * weight.k()];
-        let cpu = &self.0.cpu;
-        weight.backward(f32_slice(dy, layout, "linear")?, m, &mut dx, &mut cpu.scratch(), &cpu.pool);
+        let machine = &self.0.machine;
+        weight.backward(f32_slice(dy, layout, "linear")?, m, &mut dx, &mut machine.scratch(), &machine.pool);
         Ok((CpuStorage::F32(dx), (m, weight.k()).into()))
     }
 }
@@ -185,8 +218,8 @@ impl CustomOp2 for Linear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, r: &CpuStorage, rl: &Layout) -> Result<(CpuStorage, Shape)> {
-        if rl.shape().dims2()? != (xl.shape().dims2()?.0, self.weight.n()) {
-            bail!("linear_add: residual is {:?}, x {:?}, n {}", rl.shape(), xl.shape(), self.weight.n());
+        if rl.shape().dims2()? != (xl.shape().dims2()?.0, self.n()) {
+            bail!("linear_add: residual is {:?}, x {:?}, n {}", rl.shape(), xl.shape(), self.n());
         }
         self.run(x, xl, Some(f32_slice(r, rl, "linear_add")?))
     }

@@ -2,35 +2,41 @@
 //!
 //! RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019; `LlamaRMSNorm`).
 //! LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016; `torch.nn.LayerNorm`).
-use super::linear::Cpu;
-use super::{f32_slice, make_rows};
+mod device;
+
+use super::gpu::Buffer;
+use super::{Machine, Vector, f32_slice, make_rows};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
 /// A norm with frozen weights `[hidden]`.
 #[derive(Clone)]
 pub struct Norm {
-    weight: Arc<[f32]>,
+    weight: Vector,
     /// Of a LayerNorm; `None`: RMSNorm.
-    bias: Option<Arc<[f32]>>,
+    bias: Option<Vector>,
     eps: f32,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 impl Norm {
     /// RMSNorm; `weight` is `[hidden]`.
-    pub fn rms(weight: Vec<f32>, eps: f64, cpu: &Arc<Cpu>) -> Self {
-        Norm { weight: weight.into(), bias: None, eps: eps as f32, cpu: cpu.clone() }
+    pub fn rms(weight: Vec<f32>, eps: f64, machine: &Arc<Machine>) -> Result<Self> {
+        Ok(Norm { weight: Vector::new(weight, machine)?, bias: None, eps: eps as f32, machine: machine.clone() })
     }
 
     /// LayerNorm; both are `[hidden]`.
-    pub fn layer(weight: Vec<f32>, bias: Vec<f32>, eps: f64, cpu: &Arc<Cpu>) -> Self {
-        Norm { weight: weight.into(), bias: Some(bias.into()), eps: eps as f32, cpu: cpu.clone() }
+    pub fn layer(weight: Vec<f32>, bias: Vec<f32>, eps: f64, machine: &Arc<Machine>) -> Result<Self> {
+        let bias = Some(Vector::new(bias, machine)?);
+        Ok(Norm { weight: Vector::new(weight, machine)?, bias, eps: eps as f32, machine: machine.clone() })
     }
 
     /// x `[m, hidden]` -> `[m, hidden]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1(self.clone())
+        match self.machine.gpu() {
+            Some(gpu) => gpu.apply1(device::OnDevice(self.clone()), x),
+            None => x.apply_op1(self.clone()),
+        }
     }
 }
 
@@ -45,7 +51,7 @@ impl CustomOp1 for Norm {
         if hidden != self.weight.len() || self.bias.as_ref().is_some_and(|b| b.len() != hidden) {
             bail!("norm: x is [{m}, {hidden}], the weight [{}]", self.weight.len());
         }
-        let y = make_rows(&self.cpu.pool, m, hidden, |row, y| {
+        let y = make_rows(&self.machine.pool, m, hidden, |row, y| {
             let x = &x[row * hidden..][..y.len()];
             match &self.bias {
                 None => rms_norm(x, &self.weight, self.eps, y),
@@ -71,9 +77,9 @@ impl CustomOp2 for Gradient {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (f32_slice(x, xl, "norm")?, f32_slice(dy, dyl, "norm")?);
-        let Norm { weight, bias, eps, cpu } = &self.0;
+        let Norm { weight, bias, eps, machine } = &self.0;
         let (m, hidden) = xl.shape().dims2()?;
-        let dx = make_rows(&cpu.pool, m, hidden, |row, dx| {
+        let dx = make_rows(&machine.pool, m, hidden, |row, dx| {
             let own = row * hidden..row * hidden + dx.len();
             norm_gradient(&x[own.clone()], &dy[own], weight, bias.is_some(), *eps, dx);
         });
@@ -85,24 +91,49 @@ impl CustomOp2 for Gradient {
 #[derive(Clone)]
 pub struct HeadNorm {
     /// `[head_dim]`
-    q: Arc<[f32]>,
+    q: Vector,
     /// `[head_dim]`
-    k: Arc<[f32]>,
+    k: Vector,
     eps: f32,
     heads: usize,
     kv_heads: usize,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 impl HeadNorm {
     /// `q` and `k` are `[head_dim]`; a row starts with `heads` query heads, then `kv_heads` key heads.
-    pub fn new(q: Vec<f32>, k: Vec<f32>, eps: f64, [heads, kv_heads]: [usize; 2], cpu: &Arc<Cpu>) -> Self {
-        HeadNorm { q: q.into(), k: k.into(), eps: eps as f32, heads, kv_heads, cpu: cpu.clone() }
+    pub fn new(
+        q: Vec<f32>,
+        k: Vec<f32>,
+        eps: f64,
+        [heads, kv_heads]: [usize; 2],
+        machine: &Arc<Machine>,
+    ) -> Result<Self> {
+        let (q, k) = (Vector::new(q, machine)?, Vector::new(k, machine)?);
+        Ok(HeadNorm { q, k, eps: eps as f32, heads, kv_heads, machine: machine.clone() })
     }
 
     /// `[m, width]`, `[q heads | k heads | v heads]` -> the same with q and k normed.
     pub fn forward(&self, qkv: &Tensor) -> Result<Tensor> {
-        qkv.apply_op1(self.clone())
+        match self.machine.gpu() {
+            Some(gpu) => gpu.apply1(device::HeadsOnDevice(self.clone()), qkv),
+            None => qkv.apply_op1(self.clone()),
+        }
+    }
+
+    /// Weights of q heads on the device.
+    pub(super) fn q_buffer(&self) -> Option<&Buffer> {
+        self.q.buffer()
+    }
+
+    /// Weights of k heads on the device.
+    pub(super) fn k_buffer(&self) -> Option<&Buffer> {
+        self.k.buffer()
+    }
+
+    /// Added to the mean of squares.
+    pub(super) fn eps(&self) -> f32 {
+        self.eps
     }
 }
 
@@ -118,7 +149,7 @@ impl CustomOp1 for HeadNorm {
         if q + k > width {
             bail!("head_norm: x is [{m}, {width}], {} query and {} key heads", self.heads, self.kv_heads);
         }
-        let y = make_rows(&self.cpu.pool, m, width, |row, y| {
+        let y = make_rows(&self.machine.pool, m, width, |row, y| {
             for (x, y) in x[row * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
                 rms_norm(&x[..q], &self.q, self.eps, &mut y[..q]);
                 rms_norm(&x[q..q + k], &self.k, self.eps, &mut y[q..q + k]);
@@ -143,10 +174,10 @@ impl CustomOp2 for HeadGradient {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (f32_slice(x, xl, "head_norm")?, f32_slice(dy, dyl, "head_norm")?);
-        let HeadNorm { q, k, eps, heads, kv_heads, cpu } = &self.0;
+        let HeadNorm { q, k, eps, heads, kv_heads, machine } = &self.0;
         let ((m, width), q_end) = (xl.shape().dims2()?, heads * q.len());
         let k_end = q_end + kv_heads * k.len();
-        let dx = make_rows(&cpu.pool, m, width, |row, dx| {
+        let dx = make_rows(&machine.pool, m, width, |row, dx| {
             let rows = x[row * width..].chunks_exact(width).zip(dy[row * width..].chunks_exact(width));
             for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
                 norm_gradient(&x[..q_end], &dy[..q_end], q, false, *eps, &mut dx[..q_end]);
@@ -239,9 +270,13 @@ mod tests {
     fn agree_with_f64() {
         let (x, t) = rows(37);
         let (w, b) = (weight(37, 1.0), weight(37, -0.3));
-        let rms = Norm::rms(w.clone(), 1e-5, &Cpu::new(1)).forward(&t).unwrap().to_vec2::<f32>().unwrap();
-        let layer =
-            Norm::layer(w.clone(), b.clone(), 1e-5, &Cpu::new(1)).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        let rms = Norm::rms(w.clone(), 1e-5, &Machine::new(1)).unwrap().forward(&t).unwrap().to_vec2::<f32>().unwrap();
+        let layer = Norm::layer(w.clone(), b.clone(), 1e-5, &Machine::new(1))
+            .unwrap()
+            .forward(&t)
+            .unwrap()
+            .to_vec2::<f32>()
+            .unwrap();
         for r in 0..2 {
             let row: Vec<f64> = x[r * 37..][..37].iter().map(|v| f64::from(*v)).collect();
             let mean = row.iter().sum::<f64>() / 37.0;
@@ -261,7 +296,8 @@ mod tests {
         // 2 query heads, 1 key head, 1 value head of 5.
         let (x, t) = rows(20);
         let (q, k) = (weight(5, 1.0), weight(5, 2.0));
-        let y = HeadNorm::new(q.clone(), k.clone(), 1e-6, [2, 1], &Cpu::new(1))
+        let y = HeadNorm::new(q.clone(), k.clone(), 1e-6, [2, 1], &Machine::new(1))
+            .unwrap()
             .forward(&t)
             .unwrap()
             .to_vec2::<f32>()
@@ -270,7 +306,12 @@ mod tests {
             for (head, w) in [(0, &q), (1, &q), (2, &k)] {
                 let part = &x[r * 20 + head * 5..][..5];
                 let t = Tensor::from_slice(part, (1, 5), &Device::Cpu).unwrap();
-                let want = Norm::rms(w.clone(), 1e-6, &Cpu::new(1)).forward(&t).unwrap().to_vec2::<f32>().unwrap();
+                let want = Norm::rms(w.clone(), 1e-6, &Machine::new(1))
+                    .unwrap()
+                    .forward(&t)
+                    .unwrap()
+                    .to_vec2::<f32>()
+                    .unwrap();
                 assert_eq!(y[r][head * 5..][..5], want[0]);
             }
             assert_eq!(y[r][15..], x[r * 20 + 15..][..5]);

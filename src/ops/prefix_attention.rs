@@ -27,7 +27,7 @@ mod span;
 pub use packed::{PackedPlan, PackedSequence, packed_attention};
 pub use plan::Plan;
 
-use super::{Pool, Shared, f32_slice, linear::Cpu};
+use super::{Machine, Pool, Shared, f32_slice};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use span::{QUERIES, Query, Span, add_span};
 use std::ops::Range;
@@ -89,7 +89,7 @@ pub struct Attention {
 struct PrefixAttention {
     plan: Arc<Plan>,
     attention: Attention,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 /// `qkv` `[m, width]` with the query heads first, `keys` and `values` the slabs of one layer -> `[m, heads * head_dim]`.
@@ -99,9 +99,9 @@ pub fn prefix_attention(
     values: &Tensor,
     plan: &Arc<Plan>,
     attention: Attention,
-    cpu: &Arc<Cpu>,
+    machine: &Arc<Machine>,
 ) -> Result<Tensor> {
-    qkv.apply_op3(keys, values, PrefixAttention { plan: plan.clone(), attention, cpu: cpu.clone() })
+    qkv.apply_op3(keys, values, PrefixAttention { plan: plan.clone(), attention, machine: machine.clone() })
 }
 
 impl CustomOp3 for PrefixAttention {
@@ -134,7 +134,7 @@ impl CustomOp3 for PrefixAttention {
         };
         plan.check(m, input.keys.len() / plan.layout.page_len())?;
         let mut out = vec![0f32; m * plan.heads * head_dim];
-        input.run(&self.cpu.pool, &mut out);
+        input.run(&self.machine.pool, &mut out);
         Ok((CpuStorage::F32(out), (m, plan.heads * head_dim).into()))
     }
 }

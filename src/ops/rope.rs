@@ -2,15 +2,16 @@
 //!
 //! For a head whose first d elements turn and position p, pairs (i, i + d/2) turn by p * f_i (Su et al. 2021, in the
 //! half-split layout of transformers' `rotate_half`). d is the head's width, or less (partial rotary). V passes through.
-use super::linear::Cpu;
-use super::{f32_slice, make_rows};
+pub mod device;
+
+use super::{Machine, Vector, f32_slice, make_rows};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
 /// Rotary frequencies of one kind of layer.
 pub struct Frequencies {
     /// `[d / 2]` in radians a position.
-    pub inv_freq: Vec<f32>,
+    pub inv_freq: Vector,
     /// Multiplies cos and sin (1 unless a scaling says so).
     pub scale: f32,
 }
@@ -40,7 +41,7 @@ struct Rope {
     heads: Heads,
     /// The other way round: the gradient of a turn is the turn back.
     back: bool,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 /// The heads that turn: q and k.
@@ -53,8 +54,8 @@ pub struct Heads {
 }
 
 /// Turns the first heads of `qkv` `[m, width]`, row by row; the rest of a row is copied.
-pub fn rope(qkv: &Tensor, turns: &Arc<Turns>, heads: Heads, cpu: &Arc<Cpu>) -> Result<Tensor> {
-    qkv.apply_op1(Rope { turns: turns.clone(), heads, back: false, cpu: cpu.clone() })
+pub fn rope(qkv: &Tensor, turns: &Arc<Turns>, heads: Heads, machine: &Arc<Machine>) -> Result<Tensor> {
+    qkv.apply_op1(Rope { turns: turns.clone(), heads, back: false, machine: machine.clone() })
 }
 
 impl CustomOp1 for Rope {
@@ -72,7 +73,7 @@ impl CustomOp1 for Rope {
             bail!("rope: x is [{m}, {width}], {turns} turns, {count} heads of {dim}, {} turn", 2 * half);
         }
         let sign = if self.back { -1.0 } else { 1.0 };
-        let y = make_rows(&self.cpu.pool, m, width, |first, y| {
+        let y = make_rows(&self.machine.pool, m, width, |first, y| {
             y.copy_from_slice(&x[first * width..][..y.len()]);
             let turns = cos[first * half..].chunks_exact(half).zip(sin[first * half..].chunks_exact(half));
             for (row, (cos, sin)) in y.chunks_exact_mut(width).zip(turns) {
@@ -108,18 +109,19 @@ mod tests {
 
     #[test]
     fn turns_q_and_k_and_leaves_v() {
-        let turns = Frequencies { inv_freq: vec![1.0, 0.1], scale: 1.0 }.at(&[3]);
+        let inv_freq = Vector::new(vec![1.0, 0.1], &Machine::new(1)).unwrap();
+        let turns = Frequencies { inv_freq: inv_freq.clone(), scale: 1.0 }.at(&[3]);
         let x = Tensor::new(&[[1f32, 2., 3., 4., 5., 6., 7., 8.]], &Device::Cpu).unwrap();
-        let y = rope(&x, &turns, Heads { count: 1, dim: 4 }, &Cpu::new(1)).unwrap().to_vec2::<f32>().unwrap();
+        let y = rope(&x, &turns, Heads { count: 1, dim: 4 }, &Machine::new(1)).unwrap().to_vec2::<f32>().unwrap();
         let (c, s) = (3f32.cos(), 3f32.sin());
         let (c2, s2) = (0.3f32.cos(), 0.3f32.sin());
         let want = [c - 3. * s, 2. * c2 - 4. * s2, 3. * c + s, 4. * c2 + 2. * s2, 5., 6., 7., 8.];
         assert!(y[0].iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{y:?}");
-        let two = Frequencies { inv_freq: vec![1.0, 0.1], scale: 1.0 }.at(&[3, 4]);
-        assert!(rope(&x, &two, Heads { count: 1, dim: 4 }, &Cpu::new(1)).is_err());
-        assert!(rope(&x, &turns, Heads { count: 1, dim: 2 }, &Cpu::new(1)).is_err());
+        let two = Frequencies { inv_freq, scale: 1.0 }.at(&[3, 4]);
+        assert!(rope(&x, &two, Heads { count: 1, dim: 4 }, &Machine::new(1)).is_err());
+        assert!(rope(&x, &turns, Heads { count: 1, dim: 2 }, &Machine::new(1)).is_err());
         // Partial: of a head of 6 the first 4 turn.
-        let y = rope(&x, &turns, Heads { count: 1, dim: 6 }, &Cpu::new(1)).unwrap().to_vec2::<f32>().unwrap();
+        let y = rope(&x, &turns, Heads { count: 1, dim: 6 }, &Machine::new(1)).unwrap().to_vec2::<f32>().unwrap();
         assert!(y[0].iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{y:?}");
     }
 }

@@ -3,7 +3,7 @@ use crate::support::{data, embedded};
 use prefixd::adapter::convert::convert;
 use prefixd::adapter::{BaseShape, Method, load_folder};
 use prefixd::error::{Error, Kind};
-use prefixd::ops::linear::Cpu;
+use prefixd::ops::Machine;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -24,7 +24,7 @@ fn tiny_llama() -> BaseShape {
         hidden_size: 64,
         max_model_len: 128,
         encoder: false,
-        cpu: Cpu::new(1),
+        machine: Machine::new(1),
     }
 }
 

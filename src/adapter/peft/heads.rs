@@ -116,7 +116,7 @@ fn layer(
     };
     let bias = bias.map(|name| read(name, "[labels or hidden_size]", &dims[..1])).transpose()?;
     let weight = read(weight, rule, &dims)?;
-    Linear::new(&[weight], &[bias], &shape.cpu).or_kind(Kind::Internal, "head")
+    Linear::new(&[weight], &[bias], &shape.machine).or_kind(Kind::Internal, "head")
 }
 
 fn malformed(message: String) -> Error {

@@ -5,7 +5,7 @@ mod saving;
 
 use super::*;
 use crate::adapter::InputRow;
-use crate::ops::linear::Cpu;
+use crate::ops::Machine;
 use safetensors::{Dtype, tensor::TensorView};
 use std::fs;
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ fn shape() -> BaseShape {
         hidden_size: 8,
         max_model_len: 16,
         encoder: false,
-        cpu: Cpu::new(1),
+        machine: Machine::new(1),
     }
 }
 
@@ -350,7 +350,7 @@ fn adapters_saved_by_peft_load() {
         hidden_size: number("hidden_size"),
         max_model_len: number("max_position_embeddings"),
         encoder: false,
-        cpu: Cpu::new(1),
+        machine: Machine::new(1),
     };
     let tokenizer = Tokenizer::from_bytes(&fs::read(data.join("tokenizer.json")).unwrap()).unwrap();
     let mut count = 0;

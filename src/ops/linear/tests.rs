@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::ops::Pool;
 use crate::ops::float::{bf16_to_f32, f32_to_bf16};
 use candle_core::Device;
 
@@ -155,10 +156,10 @@ fn nan_reaches_its_own_row_only() {
 #[test]
 fn bias_and_residual_are_added() {
     let t = |v: &[f32], shape: (usize, usize)| Tensor::from_slice(v, shape, &Device::Cpu).unwrap();
-    let cpu = Cpu::new(1);
+    let machine = Machine::new(1);
     let b = Tensor::new(&[10f32], &Device::Cpu).unwrap();
     let weights = [t(&[1., 2.], (1, 2)), t(&[3., 4.], (1, 2))];
-    let linear = Linear::new(&weights, &[None, Some(b)], &cpu).unwrap();
+    let linear = Linear::new(&weights, &[None, Some(b)], &machine).unwrap();
     let x = t(&[1., 1.], (1, 2));
     assert_eq!(linear.forward(&x).unwrap().to_vec2::<f32>().unwrap(), [[3., 17.]]);
     assert_eq!(linear.forward_add(&x, &t(&[100., 200.], (1, 2))).unwrap().to_vec2::<f32>().unwrap(), [[103., 217.]]);

@@ -6,8 +6,8 @@ mod gradient;
 
 use super::super::kv_write::{Part, kv_write};
 use super::{Attention, KvLayout, PAGE, Plan, SequenceView, prefix_attention};
+use crate::ops::Machine;
 use crate::ops::f32_slice;
-use crate::ops::linear::Cpu;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -41,16 +41,16 @@ pub fn packed_attention(
     v: &Tensor,
     plan: &Arc<PackedPlan>,
     attention: Attention,
-    cpu: &Arc<Cpu>,
+    machine: &Arc<Machine>,
 ) -> Result<Tensor> {
-    q.apply_op3(k, v, Packed { plan: plan.clone(), attention, cpu: cpu.clone() })
+    q.apply_op3(k, v, Packed { plan: plan.clone(), attention, machine: machine.clone() })
 }
 
 #[derive(Clone)]
 struct Packed {
     plan: Arc<PackedPlan>,
     attention: Attention,
-    cpu: Arc<Cpu>,
+    machine: Arc<Machine>,
 }
 
 impl PackedPlan {
@@ -129,7 +129,7 @@ impl CustomOp3 for Packed {
         kv_write(&keys, &tensor(k, k_l, n)?.index_select(&rows, 0)?, Part::Key, self.plan.layout, &slots, 0)?;
         kv_write(&values, &tensor(v, v_l, n)?.index_select(&rows, 0)?, Part::Value, self.plan.layout, &slots, 0)?;
         let q = Tensor::from_slice(f32_slice(q, q_l, "packed_attention")?, (m, width), &Device::Cpu)?;
-        let out = prefix_attention(&q, &keys, &values, &Arc::new(plan), self.attention, &self.cpu)?;
+        let out = prefix_attention(&q, &keys, &values, &Arc::new(plan), self.attention, &self.machine)?;
         Ok((CpuStorage::F32(out.flatten_all()?.to_vec1()?), (m, width).into()))
     }
 

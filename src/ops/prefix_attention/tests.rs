@@ -41,7 +41,7 @@ impl Case {
 
     /// Runs every sequence in chunks of `chunk` rows, all sequences in one batch; `[sequence][row]` outputs.
     fn run(&self, data: &Data, chunk: usize, threads: usize, shuffle: usize) -> Vec<Vec<f32>> {
-        let (n, cpu, w) = (self.sequences.len(), Cpu::new(threads), self.width());
+        let (n, machine, w) = (self.sequences.len(), Machine::new(threads), self.width());
         let (kw, dim) = (self.layout.kv_heads * self.layout.head_dim, self.layout.head_dim);
         let count = |len: usize| len.div_ceil(PAGE);
         let total: usize = self.sequences.iter().map(|(p, t)| count(*p) + count(*t)).sum::<usize>() + 3;
@@ -107,8 +107,10 @@ impl Case {
             let m = rows.len() / w;
             let qkv = Tensor::from_vec(rows, (m, w), &Device::Cpu).unwrap();
             let plan = Arc::new(Plan::new(views, pages, self.layout, self.heads));
-            let o =
-                prefix_attention(&qkv, &keys, &values, &plan, self.attention, &cpu).unwrap().to_vec2::<f32>().unwrap();
+            let o = prefix_attention(&qkv, &keys, &values, &plan, self.attention, &machine)
+                .unwrap()
+                .to_vec2::<f32>()
+                .unwrap();
             who.into_iter().for_each(|(i, r)| o[r].iter().for_each(|row| out[i].extend(row)));
         }
         out
@@ -225,7 +227,7 @@ fn a_plan_that_does_not_fit_is_an_error() {
         [(0..1, 0..0, vec![]), (0..1, 0..1, vec![9]), (0..2, 0..1, vec![0]), (1..2, 0..1, vec![0])]
     {
         let plan = Arc::new(Plan::new(vec![view(rows, own)], pages, layout, 1));
-        assert!(prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Cpu::new(1)).is_err());
+        assert!(prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Machine::new(1)).is_err());
     }
 }
 
@@ -238,6 +240,6 @@ fn a_missing_gradient_is_loud() {
     let values = Tensor::zeros((1, 1, PAGE, 8), DType::F32, &Device::Cpu).unwrap();
     let view = SequenceView { rows: 0..1, first: 0, prefix_len: 0, prefix_pages: 0..0, own_pages: 0..1 };
     let plan = Arc::new(Plan::new(vec![view], vec![0], layout, 1));
-    let out = prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Cpu::new(1)).unwrap();
+    let out = prefix_attention(&qkv, &keys, &values, &plan, PLAIN, &Machine::new(1)).unwrap();
     assert!(out.backward().is_err());
 }

@@ -4,7 +4,7 @@ use crate::adapter::peft::{SavedAdapter, SavedBase, SavedTensor, save};
 use crate::adapter::{AdapterId, BaseShape, Method, load_folder};
 use crate::error::Kind;
 use crate::model::source;
-use crate::ops::linear::Cpu;
+use crate::ops::Machine;
 use proto::{classify_request, generate_request, score_request};
 use tonic::metadata::MetadataMap;
 
@@ -27,7 +27,7 @@ fn desk(encoder: bool) -> Desk {
         hidden_size: 4,
         max_model_len: 64,
         encoder,
-        cpu: Cpu::new(1),
+        machine: Machine::new(1),
     };
     let limits = Limits::default();
     let parts = Parts {

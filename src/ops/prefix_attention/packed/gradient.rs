@@ -37,7 +37,7 @@ impl Rows<'_> {
         let units = plan.sequences.len() * kv_heads;
         let shares: Vec<PrefixShare> = (0..units).map(|_| Mutex::default()).collect();
         let out = [Shared(dq.as_mut_ptr()), Shared(dk.as_mut_ptr()), Shared(dv.as_mut_ptr())];
-        self.op.cpu.pool.for_each(units, |unit| {
+        self.op.machine.pool.for_each(units, |unit| {
             let (s, head) = (&plan.sequences[unit / kv_heads], unit % kv_heads);
             let mut part = HeadGradient::new(self, s, head);
             part.run();

@@ -72,7 +72,7 @@ fn gradients_agree_with_finite_differences() {
             Var::from_tensor(&Tensor::from_slice(&data[i], (rows, width), &Device::Cpu).unwrap()).unwrap()
         };
         let (q, k, v) = (var(0, m, qw), var(1, n, kw), var(2, n, kw));
-        let out = packed_attention(&q, &k, &v, &plan, attention, &Cpu::new(2)).unwrap();
+        let out = packed_attention(&q, &k, &v, &plan, attention, &Machine::new(2)).unwrap();
         let r = Tensor::from_slice(&data[3], (m, qw), &Device::Cpu).unwrap();
         let total = (out * r).unwrap().sum_all().unwrap();
         let want = loss(&plan, attention, [&data[0], &data[1], &data[2], &data[3]]);
@@ -110,7 +110,7 @@ fn a_sequence_alone_has_the_same_gradient() {
             Var::from_tensor(&Tensor::from_slice(x, (x.len() / w, w), &Device::Cpu).unwrap()).unwrap()
         };
         let (q, k, v) = (var(q, qw), var(&k, kw), var(&v, kw));
-        let out = packed_attention(&q, &k, &v, plan, attentions()[0], &Cpu::new(threads)).unwrap();
+        let out = packed_attention(&q, &k, &v, plan, attentions()[0], &Machine::new(threads)).unwrap();
         let r = Tensor::from_slice(r, (rows, qw), &Device::Cpu).unwrap();
         let gradients = (out * r).unwrap().sum_all().unwrap().backward().unwrap();
         [&q, &k, &v].map(|x| gradients.get(x).unwrap().to_vec2::<f32>().unwrap())

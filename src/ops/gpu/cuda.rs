@@ -1,0 +1,241 @@
+//! A CUDA device: its context, one stream, the kernels of this crate, and cuBLAS.
+use super::Grid;
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys as cublas_sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaModule, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg, result as driver, sys,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, bail};
+use half::{bf16, f16};
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+// The compiled kernels: `KERNELS: &[(file, fatbin)]`, one for each file of `kernels/`.
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// The device. All its work is on one stream, in order.
+pub struct Cuda {
+    device: CudaDevice,
+    modules: Vec<Arc<CudaModule>>,
+    functions: Mutex<HashMap<String, CudaFunction>>,
+    multiprocessors: usize,
+}
+
+impl Cuda {
+    /// # Errors
+    /// If there is no driver or no such device, or if the kernels are for others.
+    pub fn new(index: usize) -> Result<Self> {
+        // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
+        let device = CudaDevice::new_with_stream(index)?;
+        // SAFETY: there is one stream, so nothing needs an event to wait for.
+        unsafe { device.disable_event_tracking() };
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let modules = KERNELS.iter().map(|(file, image)| {
+            context
+                .load_module(Ptx::from_binary(image.to_vec()))
+                .map_err(|e| candle_core::Error::Msg(format!("kernels/{file}.cu is not compiled for this device: {e}")))
+        });
+        let modules = modules.collect::<Result<Vec<_>>>()?;
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).w()? as usize;
+        keep_freed_memory(context.cu_device())?;
+        Ok(Cuda { device, modules, functions: Mutex::default(), multiprocessors })
+    }
+
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    pub fn name(&self) -> String {
+        self.device.cuda_stream().context().name().unwrap_or_else(|e| format!("an unknown device ({e})"))
+    }
+
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.device.cuda_stream().context().mem_get_info().w()
+    }
+
+    /// # Safety
+    /// As of [`super::Call::launch`].
+    pub unsafe fn launch(&self, name: &str, grid: Grid, values: &[u64]) -> Result<()> {
+        let function = self.function(name, grid.shared)?;
+        let stream = self.device.cuda_stream();
+        let mut call = stream.launch_builder(&function);
+        for value in values {
+            call.arg(value);
+        }
+        let [x, y, z] = grid.blocks;
+        let config =
+            LaunchConfig { grid_dim: (x, y, z), block_dim: (grid.threads, 1, 1), shared_mem_bytes: grid.shared };
+        // SAFETY: the caller's. A parameter that is narrower than 8 bytes is read from the low ones.
+        match unsafe { call.launch(config) } {
+            Ok(_) => Ok(()),
+            Err(e) => bail!("{name}, {grid:?}: {e}"),
+        }
+    }
+
+    /// The handle of a kernel, found once.
+    fn function(&self, name: &str, shared: u32) -> Result<CudaFunction> {
+        let mut known = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = known.get(name) {
+            return Ok(function.clone());
+        }
+        let Some(function) = self.modules.iter().find_map(|module| module.load_function(name).ok()) else {
+            bail!("there is no kernel {name}");
+        };
+        if shared > 48 << 10 {
+            // More than the default has to be asked for, once. All that the device has: later calls may need more.
+            let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+            let most = self.device.cuda_stream().context().attribute(limit).w()?;
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, most).w()?;
+            known.insert(name.to_owned(), function.clone());
+        } else if shared == 0 {
+            known.insert(name.to_owned(), function.clone());
+        }
+        Ok(function)
+    }
+
+    /// Room for a tensor's elements.
+    pub fn fresh(&self, dtype: DType, len: usize) -> Result<CudaStorage> {
+        let device = &self.device;
+        // SAFETY: kernels write every element before anything reads one.
+        let slice = unsafe {
+            match dtype {
+                DType::F32 => CudaStorageSlice::F32(device.alloc::<f32>(len)?),
+                DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(len)?),
+                DType::F16 => CudaStorageSlice::F16(device.alloc::<f16>(len)?),
+                DType::U32 => CudaStorageSlice::U32(device.alloc::<u32>(len)?),
+                other => bail!("no kernel makes {other:?}"),
+            }
+        };
+        Ok(CudaStorage { slice, device: device.clone() })
+    }
+
+    /// Memory outside of any tensor.
+    pub fn allocate(&self, bytes: usize) -> Result<Allocation> {
+        // SAFETY: `Buffer` writes it, or its user does before reading.
+        let slice = unsafe { self.device.alloc::<u8>(bytes.max(1))? };
+        Ok(Allocation { slice, device: self.device.clone() })
+    }
+
+    /// C (column-major, `[m, n]`) = op(A) op(B) + beta C, as cuBLAS has it; sums in f32.
+    ///
+    /// # Safety
+    /// The three addresses span matrices of the given sizes.
+    pub unsafe fn gemm(&self, g: &super::gemm::Columns) -> Result<()> {
+        let kind = |dtype: DType| -> Result<cublas_sys::cudaDataType_t> {
+            Ok(match dtype {
+                DType::F32 => cublas_sys::cudaDataType_t::CUDA_R_32F,
+                DType::BF16 => cublas_sys::cudaDataType_t::CUDA_R_16BF,
+                DType::F16 => cublas_sys::cudaDataType_t::CUDA_R_16F,
+                other => bail!("no product of {other:?}"),
+            })
+        };
+        let turned = |yes: bool| {
+            if yes { cublas_sys::cublasOperation_t::CUBLAS_OP_T } else { cublas_sys::cublasOperation_t::CUBLAS_OP_N }
+        };
+        let (one, beta) = (1f32, g.beta);
+        let handle = self.device.cublas_handle();
+        // SAFETY: the caller's; the scalars are on the host, as the handle's pointer mode says.
+        let status = unsafe {
+            cublas::gemm_ex(
+                *handle.handle(),
+                turned(g.a.turned),
+                turned(g.b.turned),
+                g.m,
+                g.n,
+                g.k,
+                std::ptr::from_ref(&one).cast(),
+                g.a.pointer as *const c_void,
+                kind(g.dtype)?,
+                g.a.stride,
+                g.b.pointer as *const c_void,
+                kind(g.dtype)?,
+                g.b.stride,
+                std::ptr::from_ref(&beta).cast(),
+                g.c.pointer as *mut c_void,
+                kind(g.out)?,
+                g.c.stride,
+                cublas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        };
+        match status {
+            Ok(()) => Ok(()),
+            Err(e) => bail!("cuBLAS, {} x {} x {}: {e}", g.m, g.n, g.k),
+        }
+    }
+}
+
+/// Freed memory stays with the process: each step frees what the next one allocates.
+fn keep_freed_memory(device: sys::CUdevice) -> Result<()> {
+    let mut all = u64::MAX;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is that of a live context, and the attribute is a u64.
+    unsafe {
+        let pool = driver::device::get_default_mem_pool(device).w()?;
+        driver::mem_pool::set_attribute(pool, threshold, std::ptr::from_mut(&mut all).cast()).w()
+    }
+}
+
+/// Where the elements of a tensor start.
+pub fn pointer(storage: &CudaStorage) -> u64 {
+    let stream = storage.device().cuda_stream();
+    // The second part records events; they are off, as there is one stream.
+    match &storage.slice {
+        CudaStorageSlice::F32(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::BF16(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::F16(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::U32(s) => s.device_ptr(&stream).0,
+        // No kernel has such a type, and null shows.
+        _ => 0,
+    }
+}
+
+/// Memory outside of any tensor.
+pub struct Allocation {
+    slice: CudaSlice<u8>,
+    device: CudaDevice,
+}
+
+impl Allocation {
+    pub fn pointer(&self) -> u64 {
+        self.slice.device_ptr(&self.device.cuda_stream()).0
+    }
+
+    pub fn write(&self, start: usize, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: `Buffer` checked the range. The copy of pageable memory has left it when the call returns.
+        unsafe { driver::memcpy_htod_async(self.pointer() + start as u64, bytes, stream.cu_stream()).w() }
+    }
+
+    pub fn read(&self, start: usize, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: as above; the stream has come to its end before the bytes are used.
+        unsafe { driver::memcpy_dtoh_async(bytes, self.pointer() + start as u64, stream.cu_stream()).w()? };
+        stream.synchronize().w()
+    }
+
+    pub fn fill(&self, byte: u8) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: exactly the allocation.
+        unsafe { driver::memset_d8_async(self.pointer(), byte, self.slice.len(), stream.cu_stream()).w() }
+    }
+}
