@@ -66,6 +66,8 @@ pub fn for_cpu() -> Result<(), Box<dyn Error>> {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++20").opt_level(2).define("KERNELS_ON_CPU", None).include("kernels").include("kernels/cpu");
     build.flag("-Wno-unused").flag("-Wno-unknown-pragmas").flag("-xc++");
+    // Packs are read as integers, as nvcc allows.
+    build.flag("-fno-strict-aliasing");
     // Without contraction a product and a sum round as they stand, on every machine.
     build.flag("-ffp-contract=off");
     if let Ok(checks) = env::var("PREFIXD_SANITIZE") {

@@ -32,6 +32,8 @@ use weights::Checkpoint;
 /// Weights, tokenizer and facts of the base.
 pub struct Model {
     decoder: Decoder,
+    /// What classification heads run on: the processor, also where the base is on a GPU. They are small and read few rows.
+    heads: Arc<Machine>,
     /// The classification head that the base came with.
     head: Option<Arc<Head>>,
     tokenizer: Tokenizer,
@@ -123,7 +125,8 @@ impl Model {
         let mut checkpoint = Checkpoint::open(&files.weights, dtype)?;
         let machine = machine(options)?;
         let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &machine)?;
-        let head = classifier(&mut checkpoint, &config, &machine)?;
+        let heads = if machine.gpu().is_some() { Machine::new(options.threads) } else { machine.clone() };
+        let head = classifier(&mut checkpoint, &config, &heads)?;
         let info = ModelInfo {
             name: files.name.clone(),
             family: config.family.name,
@@ -146,7 +149,7 @@ impl Model {
         };
         checkpoint.finish()?;
         memory::settle();
-        Ok(Model { decoder, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
+        Ok(Model { decoder, heads, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
     }
 
     /// Its facts.
@@ -184,13 +187,18 @@ impl Model {
             hidden_size: self.info.hidden_size,
             max_model_len: self.info.max_model_len,
             encoder: self.info.encoder,
-            machine: self.decoder.machine().clone(),
+            machine: self.heads.clone(),
         }
     }
 
     /// Bytes of one KV page.
     pub fn page_bytes(&self) -> usize {
         KvPool::page_bytes(self.decoder.kv_layout(), self.info.num_layers, self.decoder.activation_dtype())
+    }
+
+    /// The GPU that it lies on.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.decoder.machine().gpu()
     }
 
     /// Bytes of the GPU that the model lies on: free, all, and what the activations of a step of `rows` rows take at most.
@@ -266,7 +274,7 @@ impl Model {
 
     /// Pooled hidden rows `[n, hidden]` -> logits of the classes `[n, labels]`.
     pub fn classify(&self, hidden: &Tensor, head: &Head) -> Result<Tensor> {
-        Ok(head.forward(&self.decoder.pool(hidden)?)?)
+        Ok(head.forward(&Machine::to_host(&self.decoder.pool(hidden)?)?)?)
     }
 
     /// The classification head that the base came with.

@@ -1,4 +1,6 @@
 //! From rows of logits to tokens and scores.
+pub mod on_device;
+
 use super::batcher::LogitUse;
 use super::request::TokenLogprob;
 use super::sampler::{self, Sampled};

@@ -5,7 +5,6 @@ use crate::adapter::Head;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::model::Model;
-use crate::ops::Machine;
 use candle_core::{CpuStorage, Storage, Tensor};
 
 /// Rows whose logits are held at once: `[tokens, vocab]` never exists.
@@ -15,6 +14,14 @@ const LOGIT_ROWS: usize = 64;
 pub struct Runner {
     model: Model,
     kv: KvPool,
+}
+
+/// Rows of logits, where the model runs.
+pub enum Logits<'a> {
+    /// `[n, vocab]`, or `[1, labels]`.
+    Host(&'a [f32]),
+    /// `[n, vocab]` on a GPU.
+    Device(&'a Tensor),
 }
 
 impl Runner {
@@ -36,7 +43,7 @@ impl Runner {
         step: &Step,
         scheduler: &Scheduler,
         head: impl Fn(SequenceId) -> Option<&'h Head>,
-        mut take: impl FnMut(&[LogitUse], &[f32]),
+        mut take: impl FnMut(&[LogitUse], Logits<'_>) -> Result<()>,
     ) -> Result<()> {
         if cfg!(debug_assertions) {
             step.fresh.iter().try_for_each(|page| self.kv.poison(*page))?;
@@ -66,20 +73,22 @@ impl Runner {
                 }
                 _ => self.model.logits(&hidden)?,
             };
-            with_values(&logits, |logits| take(block, logits))?;
+            if self.model.gpu().is_some() && !pooled(&block[0]) {
+                take(block, Logits::Device(&logits))?;
+            } else {
+                with_values(&logits, |logits| take(block, Logits::Host(logits)))?;
+            }
             row += block.len();
         }
         Ok(())
     }
 }
 
-/// The elements of contiguous logits `[n, width]`, wherever they are.
-fn with_values(logits: &Tensor, take: impl FnOnce(&[f32])) -> Result<()> {
-    let logits = Machine::to_host(logits)?;
+/// The elements of contiguous logits `[n, width]` on the processor.
+fn with_values(logits: &Tensor, take: impl FnOnce(&[f32]) -> Result<()>) -> Result<()> {
     let (storage, layout) = logits.storage_and_layout();
     let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         return Err(Error::internal("logits are not contiguous f32 on the CPU"));
     };
-    take(&all[start..end]);
-    Ok(())
+    take(&all[start..end])
 }

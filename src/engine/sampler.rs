@@ -1,5 +1,6 @@
 //! One request's way to choose tokens: its filters, its penalties, its own generator.
 use super::request::{Sampling, TokenLogprob};
+use crate::ops::sample::device::Penalties;
 use crate::ops::sample::{self, Filter};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::collections::HashMap;
@@ -47,14 +48,44 @@ impl Sampler {
             self.penalise(logits, banned);
         }
         let changed = if plain { logits } else { &self.scratch };
-        // One draw a token, greedy ones none: the generator's state is the number of tokens drawn.
-        let u = if self.filter.temperature > 0.0 { self.rng.random::<f64>() } else { 0.0 };
+        let u = draw(&self.filter, &mut self.rng);
         let id = sample::draw(changed, &self.filter, u) as u32;
+        self.took(id);
+        Sampled { id, logprob: self.top_logprobs.map(|top| logprob(logits, id, top)) }
+    }
+
+    /// The next uniform number, for who chooses elsewhere: [`Sampler::sample`] draws its own.
+    pub fn draw(&mut self) -> f64 {
+        draw(&self.filter, &mut self.rng)
+    }
+
+    /// How tokens are filtered.
+    pub fn filter(&self) -> &Filter {
+        &self.filter
+    }
+
+    /// What makes seen tokens less likely.
+    pub fn penalties(&self) -> Penalties {
+        let s = &self.sampling;
+        Penalties { repetition: s.repetition_penalty, presence: s.presence_penalty, frequency: s.frequency_penalty }
+    }
+
+    /// Tokens that penalties apply to, and how often each is in the output.
+    pub fn seen(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.seen.iter().map(|(id, count)| (*id, *count))
+    }
+
+    /// How many of the most likely tokens are wanted beside each log-probability; `None`: no log-probability.
+    pub fn top_logprobs(&self) -> Option<usize> {
+        self.top_logprobs
+    }
+
+    /// A token was chosen, here or elsewhere.
+    pub fn took(&mut self, id: u32) {
         let s = &self.sampling;
         if s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0 {
             *self.seen.entry(id).or_insert(0) += 1;
         }
-        Sampled { id, logprob: self.top_logprobs.map(|top| logprob(logits, id, top)) }
     }
 
     fn penalise(&mut self, logits: &[f32], banned: &[u32]) {
@@ -74,6 +105,11 @@ impl Sampler {
             }
         }
     }
+}
+
+/// One draw a token, greedy ones none: the generator's state is the number of tokens drawn.
+fn draw(filter: &Filter, rng: &mut StdRng) -> f64 {
+    if filter.temperature > 0.0 { rng.random::<f64>() } else { 0.0 }
 }
 
 /// Log-probability of `id` under `logits` `[vocab]`, and of the `top` most likely tokens.

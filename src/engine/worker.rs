@@ -3,7 +3,7 @@ use super::capacity;
 use super::guest::Hosting;
 use super::readout;
 use super::request::{Event, FinishReason, Request};
-use super::runner::Runner;
+use super::runner::{Logits, Runner};
 use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
 use super::{Guest, Stats};
@@ -12,6 +12,7 @@ use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::kv::{PAGE_TOKENS, pages_for};
 use crate::model::Model;
+use crate::ops::sample::device::Sampling;
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::*};
@@ -111,6 +112,8 @@ impl Shared {
 /// The thread's state.
 pub struct Worker {
     runner: Runner,
+    /// Where tokens are chosen if the model is on a GPU.
+    sampling: Option<Sampling>,
     scheduler: Scheduler,
     sequences: HashMap<SequenceId, Sequence>,
     /// Who waits for a prefix to be compiled.
@@ -159,6 +162,7 @@ impl Worker {
             prefix_caching: config.prefix_caching,
         });
         Ok(Worker {
+            sampling: model.gpu().map(|gpu| Sampling::new(gpu, config.max_sequences)).transpose()?,
             runner: Runner::new(model, pages)?,
             scheduler,
             sequences: HashMap::new(),
@@ -293,13 +297,21 @@ impl Worker {
         let eos = self.runner.model().eos_token_ids().to_vec();
         let mut sampled = Vec::new();
         let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
+        let sampling = &mut self.sampling;
         // A panic here is a bug of ours; it must cost the requests of this step only.
         let run = AssertUnwindSafe(|| {
             let heads: HashMap<SequenceId, Arc<Head>> = classified(step, sequences);
             let head = |id| heads.get(&id).map(|h| &**h);
             let pool = runner.model().threads();
-            runner.run(step, scheduler, head, |uses, logits| {
-                readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled)
+            runner.run(step, scheduler, head, |uses, logits| match (logits, &mut *sampling) {
+                (Logits::Host(logits), _) => {
+                    readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled);
+                    Ok(())
+                }
+                (Logits::Device(logits), Some(sampling)) => {
+                    readout::on_device::take(uses, logits, sampling, scheduler, sequences, &eos, &mut sampled)
+                }
+                (Logits::Device(_), None) => Err(Error::internal("logits on a GPU, the engine is not")),
             })
         });
         let done = catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked")));

@@ -11,14 +11,21 @@ use crate::ops::activation::Activation;
 use crate::ops::cross_entropy::{CrossEntropy, cross_entropy};
 use crate::ops::embed::{self, Embedding, RowSource};
 use crate::ops::float;
-use crate::ops::gpu::DeviceRows;
+use crate::ops::gpu::{Buffer, DeviceRows, Gpu};
+use crate::ops::kv_write::device::{Projection, project};
 use crate::ops::linear::Linear;
 use crate::ops::norm::Norm;
-use crate::ops::prefix_attention::{KvLayout, PackedPlan, Plan, packed_attention, prefix_attention};
+use crate::ops::prefix_attention::device::{self, DevicePlan};
+use crate::ops::prefix_attention::{
+    Attention, KvLayout, PAGE, PackedOnDevice, PackedPlan, Plan, packed_attention, prefix_attention,
+};
 use crate::ops::rope::{self, Frequencies, Heads, Turns};
 use crate::ops::{Machine, Vector};
 use candle_core::{DType, Tensor};
 use std::sync::Arc;
+
+/// Bytes for attention's partial results on a GPU. What finds no room is not split, which changes no bit.
+const SCRATCH: usize = 64 << 20;
 
 /// The frozen weights, packed, and what they need to run.
 pub struct Decoder {
@@ -33,6 +40,8 @@ pub struct Decoder {
     pooler: Option<Linear>,
     ropes: Vec<Arc<Frequencies>>,
     activation: Activation,
+    /// For attention's partial results, on a GPU.
+    scratch: Option<Arc<Buffer>>,
     machine: Arc<Machine>,
     config: ModelConfig,
 }
@@ -56,9 +65,11 @@ enum At {
 enum View<'a> {
     /// Pages of the pool, for serving.
     Paged { kv: &'a KvPool, plan: Arc<Plan>, slots: Arc<[u32]> },
+    /// Pages of a pool on a GPU, for serving: a plan for each sort of attention that layers have.
+    Device { kv: &'a KvPool, plans: Vec<(Attention, Arc<DevicePlan>)> },
     /// Packed rows with a gradient, for training: the layer's stored rows `[rows, 2 * kv_heads * head_dim]`, then the own
     /// rows.
-    Packed { stored: Option<&'a Tensor>, plan: Arc<PackedPlan> },
+    Packed { stored: Option<&'a Tensor>, plan: Arc<PackedPlan>, device: Option<Arc<PackedOnDevice>> },
 }
 
 /// What one pass over packed sequences shares between its layers.
@@ -66,6 +77,8 @@ pub struct PackedRows {
     inputs: Vec<RowSource>,
     at: At,
     plan: Arc<PackedPlan>,
+    /// Its work lists, on a GPU.
+    device: Option<Arc<PackedOnDevice>>,
 }
 
 impl Decoder {
@@ -125,6 +138,7 @@ impl Decoder {
             pooler,
             ropes: ropes.collect::<Result<_>>()?,
             activation: Activation::new(config.activation, gated, machine),
+            scratch: machine.gpu().map(|gpu| Buffer::poisoned(gpu, SCRATCH)).transpose()?.map(Arc::new),
             machine: machine.clone(),
             config: config.clone(),
         })
@@ -150,10 +164,40 @@ impl Decoder {
     pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
         let width = self.config.hidden_size;
         let soft = self.machine.rows(&batch.soft, width)?;
-        let plan = Plan::new(batch.sequences.clone(), batch.pages.clone(), self.kv_layout(), self.config.num_heads);
         let at = self.at(&batch.inputs, &batch.positions, &batch.slots)?;
-        let view = View::Paged { kv, plan: Arc::new(plan), slots: batch.slots.as_slice().into() };
+        let view = match self.machine.gpu() {
+            Some(gpu) => View::Device { kv, plans: self.device_plans(gpu, batch, kv)? },
+            None => {
+                let (sequences, pages) = (batch.sequences.clone(), batch.pages.clone());
+                let plan = Plan::new(sequences, pages, self.kv_layout(), self.config.num_heads);
+                View::Paged { kv, plan: Arc::new(plan), slots: batch.slots.as_slice().into() }
+            }
+        };
         self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })
+    }
+
+    /// A work list for each sort of attention.
+    fn device_plans(&self, gpu: &Gpu, batch: &Batch, kv: &KvPool) -> Result<Vec<(Attention, Arc<DevicePlan>)>> {
+        let scratch = self.scratch.as_ref().ok_or_else(|| Error::internal("a model on a GPU without scratch"))?;
+        let table: Vec<u32> = batch.pages.iter().map(|page| page * PAGE as u32).collect();
+        let mut plans: Vec<(Attention, Arc<DevicePlan>)> = Vec::new();
+        for attention in self.config.layers.iter().map(|facts| facts.attention) {
+            if plans.iter().any(|(other, _)| *other == attention) {
+                continue;
+            }
+            let step = device::Step {
+                sequences: &batch.sequences,
+                table: &table,
+                slots: kv.pages() * PAGE,
+                layout: self.kv_layout(),
+                heads: self.config.num_heads,
+                attention,
+            };
+            let split = device::Split::Auto { sms: gpu.multiprocessors() };
+            let plan = DevicePlan::new(gpu, &step, split, device::Group::Auto, scratch)?;
+            plans.push((attention, Arc::new(plan)));
+        }
+        Ok(plans)
     }
 
     fn at(&self, inputs: &[RowSource], positions: &[u32], slots: &[u32]) -> Result<At> {
@@ -216,20 +260,28 @@ impl Decoder {
         4 * (6 * c.hidden_size + 3 * (q + 2 * kv) + q + 3 * c.intermediate_size)
     }
 
-    /// Bytes that the activations of a step of `rows` rows take at most on a GPU: what one layer has at once, the logits of a block
-    /// of rows, and the parts of attention.
+    /// Bytes that the activations of a step of `rows` rows take at most on a GPU: what one layer has at once, and the logits of a
+    /// block of rows.
     pub fn step_bytes(&self, rows: usize) -> usize {
         let c = &self.config;
         let logits = 4 * c.vocab_size * rows.min(64);
-        2 * rows * self.activation_bytes_per_row() + 2 * logits + 4 * rows * c.num_heads * (c.head_dim + 2) * 4
+        2 * rows * self.activation_bytes_per_row() + 2 * logits
     }
 
-    /// Prepares a pass over packed sequences.
-    pub fn packed(&self, batch: &PackedBatch) -> Result<PackedRows> {
+    /// Prepares a pass over packed sequences; `stored` rows of K and V come before their own.
+    pub fn packed(&self, batch: &PackedBatch, stored: usize) -> Result<PackedRows> {
         let plan =
             PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
         let at = self.at(&batch.inputs, &batch.positions, &[])?;
-        Ok(PackedRows { inputs: batch.inputs.clone(), at, plan: Arc::new(plan) })
+        let plan = Arc::new(plan);
+        let device = match (self.machine.gpu(), &self.scratch) {
+            (Some(gpu), Some(scratch)) => {
+                let attentions = self.config.layers.iter().map(|facts| facts.attention);
+                Some(Arc::new(PackedOnDevice::new(gpu, &plan, stored, attentions, scratch)?))
+            }
+            _ => None,
+        };
+        Ok(PackedRows { inputs: batch.inputs.clone(), at, plan, device })
     }
 
     /// The input of the first layer `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
@@ -240,7 +292,8 @@ impl Decoder {
     /// One layer of packed rows `[rows, hidden]`, in the bits of [`Decoder::forward`]; differentiable in them and in the
     /// layer's `stored` rows `[stored, 2 * kv_heads * head_dim]`, K then V.
     pub fn packed_layer(&self, index: usize, x: &Tensor, rows: &PackedRows, stored: Option<&Tensor>) -> Result<Tensor> {
-        let pass = Pass { at: rows.at.clone(), view: View::Packed { stored, plan: rows.plan.clone() } };
+        let view = View::Packed { stored, plan: rows.plan.clone(), device: rows.device.clone() };
+        let pass = Pass { at: rows.at.clone(), view };
         self.layer(index, x, &pass)
     }
 
@@ -290,6 +343,14 @@ impl Decoder {
         let (layer, facts) = (&self.layers[index], &self.config.layers[index]);
         let (heads, kv_heads, dim) = (self.config.num_heads, self.config.num_kv_heads, self.config.head_dim);
         let mut qkv = layer.qkv.forward(x)?;
+        if let (View::Device { kv, plans }, At::Device(rows), Some(gpu)) = (&pass.view, &pass.at, self.machine.gpu()) {
+            let rope = facts.rope.and_then(|i| self.ropes.get(i)).cloned();
+            let (slabs, projection) = (kv.device(index)?, Projection { heads, norm: layer.head_norm.clone(), rope });
+            let q = project(gpu, &qkv, rows, slabs, &projection)?;
+            let plan = plans.iter().find(|(attention, _)| *attention == facts.attention);
+            let (_, plan) = plan.ok_or_else(|| Error::internal("a layer without a plan"))?;
+            return Ok(device::attend(gpu, &q, slabs, plan)?);
+        }
         if let Some(norm) = &layer.head_norm {
             qkv = norm.forward(&qkv)?;
         }
@@ -305,12 +366,16 @@ impl Decoder {
             };
         }
         match &pass.view {
+            View::Device { .. } => Err(Error::internal("a pool on a GPU, rows that are not")),
             View::Paged { kv, plan, slots } => {
                 kv.write(index, &qkv, slots, heads * dim)?;
                 let (keys, values) = kv.host(index)?;
                 Ok(prefix_attention(&qkv, keys, values, plan, facts.attention, &self.machine)?)
             }
-            View::Packed { stored, plan } => {
+            View::Packed { stored, plan, device } => {
+                if let (Some(device), Some(gpu)) = (device, self.machine.gpu()) {
+                    return Ok(device.attention(gpu, &qkv, *stored, facts.attention)?);
+                }
                 let width = kv_heads * dim;
                 let rows = |part: usize| -> Result<Tensor> {
                     let own = qkv.narrow(1, heads * dim + part * width, width)?;

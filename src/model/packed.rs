@@ -10,6 +10,7 @@ use super::Model;
 use super::batch::PackedBatch;
 use super::decoder::PackedRows;
 use crate::error::{Error, Result};
+use crate::ops::Machine;
 use crate::ops::seed::backward_from;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
@@ -63,12 +64,15 @@ impl PackedPass {
         stored: Option<&Tensor>,
         activations: Activations,
     ) -> Result<Self> {
+        // Both stay f32: weights of adapters are not rounded to the base's type, nor are their gradients.
+        let device = model.decoder.machine().device();
+        let stored = stored.map(|s| s.detach().to_device(&device)).transpose()?;
         Ok(PackedPass {
-            rows: model.decoder.packed(batch)?,
+            rows: model.decoder.packed(batch, stored.as_ref().map_or(0, |s| s.dims()[0]))?,
             wanted: batch.wanted.clone(),
             activations,
-            soft: Var::from_tensor(&soft.detach())?,
-            stored: stored.map(Tensor::detach),
+            soft: Var::from_tensor(&soft.detach().to_device(&device)?)?,
+            stored,
             embedded: None,
             done: 0,
             layers: Vec::new(),
@@ -161,14 +165,15 @@ impl PackedPass {
         Ok(false)
     }
 
-    /// Gradients of `soft` and `stored`, in their shapes; `None` where there are none.
+    /// Gradients of `soft` and `stored`, in their shapes, as f32 on the processor; `None` where there are none.
     pub fn gradients(mut self) -> Result<(Option<Tensor>, Option<Tensor>)> {
         self.stored_gradients.reverse();
         let stored = match self.stored_gradients.as_slice() {
             [] => None,
             layers => Some(Tensor::cat(layers, 1)?),
         };
-        Ok((self.soft_gradient, stored))
+        let to_host = |t: Option<Tensor>| t.map(|t| Machine::to_host(&t)).transpose();
+        Ok((to_host(self.soft_gradient)?, to_host(stored)?))
     }
 
     /// One layer with its graph.

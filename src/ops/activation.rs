@@ -1,6 +1,8 @@
 //! `activation`: the nonlinearity of a feed-forward layer, elementwise or times a second half.
 //!
 //! Gated: y = f(gate) * up, of a fused projection `[gate | up]` (SwiGLU and GeGLU, Shazeer 2020). Plain: y = f(x).
+mod device;
+
 use super::{Machine, f32_slice, float, make_rows};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
@@ -75,7 +77,10 @@ impl Activation {
 
     /// x `[m, intermediate]`, twice as wide if gated -> `[m, intermediate]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1(self.clone())
+        match self.machine.gpu() {
+            Some(gpu) => gpu.apply1(device::OnDevice(self.clone()), x),
+            None => x.apply_op1(self.clone()),
+        }
     }
 
     /// One row; `up` is empty if not gated.

@@ -4,6 +4,8 @@
 //! For hidden rows h_i and targets t_i, nll_i = log sum_j e^(z_ij) - z_i,t_i over the logits z_i = head(h_i), capped as the
 //! model caps them. The gradient of z_i is softmax(z_i) - onehot(t_i), times the slope of the cap; the head's transpose
 //! takes it to h_i. No graph: the logits of a chunk are used for both and then gone.
+pub mod device;
+
 use super::{Linear, Shared, float};
 use candle_core::{Result, Tensor, bail};
 
@@ -35,6 +37,9 @@ pub fn cross_entropy(
     let n = hidden.dim(0)?;
     if n != targets.len() {
         bail!("cross_entropy: {n} rows, {} targets", targets.len());
+    }
+    if let Some(gpu) = head.machine().gpu() {
+        return device::cross_entropy(gpu, hidden, targets, head, cap, gradient);
     }
     let mut all = CrossEntropy { nll: Vec::with_capacity(n), greedy: Vec::with_capacity(n), gradient: None };
     let mut gradients = Vec::new();

@@ -94,4 +94,4 @@ impl Gpu {
 }
 
 #[cfg(all(test, feature = "emulate"))]
-mod tests;
+pub(in crate::ops) mod tests;

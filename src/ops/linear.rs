@@ -7,6 +7,7 @@ mod matrix;
 mod pack;
 mod packed;
 mod product;
+mod rows;
 mod tile;
 mod transposed;
 

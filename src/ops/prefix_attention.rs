@@ -20,11 +20,12 @@
 //! # Pages
 //! K of a page is stored transposed, `[kv_heads, head_dim, PAGE]`: one 16-lane accumulator holds the scores of a
 //! page. V is `[kv_heads, PAGE, head_dim]`. Slots past a sequence's end may hold anything, NaN included.
-mod packed;
+pub mod device;
+pub mod packed;
 mod plan;
 mod span;
 
-pub use packed::{PackedPlan, PackedSequence, packed_attention};
+pub use packed::{PackedOnDevice, PackedPlan, PackedSequence, packed_attention};
 pub use plan::Plan;
 
 use super::{Machine, Pool, Shared, f32_slice};

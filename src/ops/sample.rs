@@ -1,7 +1,9 @@
 //! `sample`: from one row of logits to a token, and log-probabilities of the model's own distribution.
 //!
 //! CPU reference. Order of the steps: penalties (by the caller, who knows the counts), temperature, top-k, top-p,
-//! min-p, one draw. Greedy takes the smallest id among equals, as `argmax` does.
+//! min-p, one draw. Greedy takes the smallest id among equals, as `argmax` does. NaN counts as -inf: it is never chosen.
+pub mod device;
+
 use super::float;
 
 /// The filters of one request.
@@ -82,12 +84,13 @@ simd! {
     }
 }
 
-/// The `n` largest as `(index, logit)`, best first, smaller indices first among equals.
+/// The `n` largest as `(index, logit)`, best first, smaller indices first among equals; NaN among the -inf.
 pub fn top_n(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
     if n == 0 {
         return Vec::new();
     }
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let rank = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
+    let order = |a: &(u32, f32), b: &(u32, f32)| rank(b.1).total_cmp(&rank(a.1)).then(a.0.cmp(&b.0));
     let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
     if n < all.len() {
         all.select_nth_unstable_by(n - 1, order);
@@ -106,7 +109,11 @@ pub fn draw(logits: &[f32], filter: &Filter, u: f64) -> usize {
     // Sorted, so that each filter is a cut, and so that the draw does not depend on how the sort breaks ties.
     let candidates = top_n(logits, keep);
     let Some(&(first, max)) = candidates.first() else { return 0 };
-    let weight = |x: f32| f64::from((x - max) / filter.temperature).exp();
+    if !max.is_finite() {
+        return argmax(logits);
+    }
+    // The larger of NaN and 0 is 0.
+    let weight = |x: f32| f64::from((x - max) / filter.temperature).exp().max(0.0);
     let total: f64 = candidates.iter().map(|c| weight(c.1)).sum();
     let mut kept = Vec::with_capacity(candidates.len().min(1024));
     let mut mass = 0f64;
@@ -178,5 +185,12 @@ mod tests {
         assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
         assert_eq!(argmax(&[f32::NAN, 1.0]), 1);
         assert_eq!(top_n(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
+        let (nan, infinity) = (f32::NAN, f32::INFINITY);
+        for u in [0.0, 0.5, 0.999_999] {
+            assert_eq!(draw(&[nan, 1.0, -nan], &OPEN, u), 1);
+            assert_eq!(draw(&[nan, -infinity, -infinity], &OPEN, u), 1);
+            assert_eq!(draw(&[1.0, infinity, infinity], &OPEN, u), 1);
+            assert_eq!(draw(&[nan, nan], &OPEN, u), 0);
+        }
     }
 }

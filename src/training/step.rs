@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::PackedBatch;
 use crate::model::packed::{Activations, PackedPass, back, of};
+use crate::ops::Machine;
 use crate::ops::cross_entropy::CHUNK;
 use crate::ops::embed::RowSource;
 use crate::ops::prefix_attention::PackedSequence;
@@ -186,8 +187,9 @@ impl Part {
 
     fn class_losses(&mut self, model: &Model, wanted: &Tensor) -> Result<Option<Tensor>> {
         let Some(head) = &self.head else { return Ok(None) };
+        // The head that is learnt is small, and f32 on the processor; the base's pooler is where the base is.
         let pooled = candle_core::Var::from_tensor(&wanted.detach())?;
-        let logits = head.forward(&model.pool(&pooled)?)?; // [examples, classes]
+        let logits = head.forward(&Machine::to_host(&model.pool(&pooled)?)?)?; // [examples, classes]
         let classes = logits.dim(1)?;
         let most = logits.detach().max_keepdim(1)?;
         let shifted = logits.broadcast_sub(&most)?;

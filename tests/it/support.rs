@@ -1,7 +1,6 @@
 //! Models, prefixes and requests for the tests.
-use candle_core::Tensor;
 use prefixd::adapter::{InputRow, Prefix};
-use prefixd::config::{DtypeChoice, EngineConfig, Quantize};
+use prefixd::config::{Device, DtypeChoice, EngineConfig, Quantize};
 use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
 use prefixd::engine::{Engine, EngineHandle};
 use prefixd::error::Result;
@@ -29,7 +28,12 @@ pub fn load(name: &str, dtype: DtypeChoice) -> Model {
 }
 
 pub fn try_load(name: &str, dtype: DtypeChoice) -> Result<Model> {
-    Model::load(&source::resolve(name)?, LoadOptions { dtype, threads: 2, ..LoadOptions::default() })
+    Model::load(&source::resolve(name)?, LoadOptions { dtype, device: device(), threads: 2, ..LoadOptions::default() })
+}
+
+/// What the tests of models run on: `PREFIXD_TEST_DEVICE`, the processor by default.
+pub fn device() -> Device {
+    std::env::var("PREFIXD_TEST_DEVICE").map_or(Device::Cpu, |name| name.parse().unwrap())
 }
 
 /// The shipped model.
@@ -57,7 +61,9 @@ pub fn logits_with(model: &Model, prefix: Option<&Prefix>, tokens: &[u32], harm:
     let kv = model.kv_pool(prefix_pages.len() + own_pages.len()).unwrap();
     let mut out = Vec::new();
     if let Some(prefix) = prefix {
-        write_stored(prefix, &prefix_pages, &kv, model.info().num_layers);
+        if let Some(rows) = &prefix.kv {
+            kv.store(&rows.data, rows.len, &prefix_pages).unwrap();
+        }
         let row = |r: &InputRow| match r {
             InputRow::Token(id) => RowSource::Token(*id),
             InputRow::Soft(i) => RowSource::Soft(*i),
@@ -100,16 +106,17 @@ fn run(model: &Model, rows: &Rows<'_>, kv: &KvPool, harm: &dyn Fn(&mut Batch)) -
     model.logits(&hidden).unwrap().to_vec2().unwrap()
 }
 
-fn write_stored(prefix: &Prefix, pages: &[PageId], kv: &KvPool, layers: usize) {
-    let Some(rows) = &prefix.kv else { return };
-    let layout = kv.layout();
-    let width = 2 * layout.kv_heads * layout.head_dim;
-    let slots: Arc<[u32]> = (0..rows.len as u32).map(|i| pages[i as usize / 16].0 * 16 + i % 16).collect();
-    for layer in 0..layers {
-        let row = |t: usize| rows.data[(t * layers + layer) * width..][..width].to_vec();
-        let data: Vec<f32> = (0..rows.len).flat_map(row).collect();
-        let data = Tensor::from_vec(data, (rows.len, width), &candle_core::Device::Cpu).unwrap();
-        kv.write(layer, &data, &slots, 0).unwrap();
+/// Answers of one request in two batches: the same bits on the processor; on a GPU, where a library multiplies many rows, the
+/// same tokens, and figures that differ by roundings of f32.
+pub fn same(a: &Answer, b: &Answer, what: &str) {
+    if device() == Device::Cpu {
+        return assert_eq!(a.bits(), b.bits(), "{what}");
+    }
+    let (a, b) = (a.bits(), b.bits());
+    assert_eq!(a.len(), b.len(), "{what}");
+    for ((id, x), (other, y)) in a.iter().zip(&b) {
+        let (x, y) = (f32::from_bits(*x), f32::from_bits(*y));
+        assert!(id == other && (x - y).abs() < 1e-4, "{what}: {id} {x}, {other} {y}");
     }
 }
 

@@ -130,7 +130,7 @@ impl Cuda {
     ///
     /// # Safety
     /// The three addresses span matrices of the given sizes.
-    pub unsafe fn gemm(&self, g: &super::gemm::Columns) -> Result<()> {
+    pub(super) unsafe fn gemm(&self, g: &super::gemm::Columns) -> Result<()> {
         let kind = |dtype: DType| -> Result<cublas_sys::cudaDataType_t> {
             Ok(match dtype {
                 DType::F32 => cublas_sys::cudaDataType_t::CUDA_R_32F,

@@ -92,6 +92,22 @@ impl Gpu {
         }
     }
 
+    /// Calls `f` with views of `tensors`, which stay where they are meanwhile: for what is no op of a graph, with more inputs
+    /// than three or more than one result.
+    ///
+    /// # Errors
+    /// If one of them is not on this device, or not contiguous.
+    pub fn with<R>(&self, op: &str, tensors: &[&Tensor], f: impl FnOnce(&[View<'_>]) -> Result<R>) -> Result<R> {
+        let guards: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
+        let views = guards.iter().map(|(storage, layout)| match (self, &**storage) {
+            (Gpu::Emulated(_), Storage::Cpu(s)) => view(super::emulated::pointer(s), s.dtype(), layout, op),
+            #[cfg(feature = "cuda")]
+            (Gpu::Cuda(_), Storage::Cuda(s)) => view(super::cuda::pointer(s), s.dtype(), layout, op),
+            _ => bail!("{op}: a tensor {layout:?} is not on the device"),
+        });
+        f(&views.collect::<Result<Vec<_>>>()?)
+    }
+
     /// Runs an op of one input.
     pub fn apply1(&self, op: impl KernelOp, x: &Tensor) -> Result<Tensor> {
         x.apply_op1(OnGpu { gpu: self.clone(), op })

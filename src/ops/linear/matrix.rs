@@ -1,5 +1,6 @@
-//! A frozen layer on a GPU: the weight as it is in the checkpoint, `[n, k]`, and products by cuBLAS.
+//! A frozen layer on a GPU: the weight as it is in the checkpoint, `[n, k]`. Products of few rows are our own, others cuBLAS's.
 use super::Linear;
+use super::rows::{MOST_ROWS, Rows};
 use crate::ops::gpu::{Buffer, Fresh, Gemm, Gpu, Grid, KernelOp, Side, View};
 use candle_core::{DType, Result, Shape, Tensor, bail};
 
@@ -69,6 +70,12 @@ impl KernelOp for Product {
         }
         let mut y = gpu.fresh(self.out, m * n)?;
         let bias = self.linear.bias.as_ref().and_then(|b| b.buffer());
+        if m <= MOST_ROWS {
+            let rows = Rows { x, w: &w.buffer, bias, residual, shape: [m, n, k] };
+            // SAFETY: the shapes and types were checked.
+            unsafe { rows.launch(gpu, &mut y, self.out)? };
+            return Ok((y, (m, n).into()));
+        }
         let add = bias.is_some() || residual.is_some();
         if add {
             let call = gpu.call("add", self.out);

@@ -1,7 +1,9 @@
 //! The launches of `kernels/norm.cu` and of the head norms in `kernels/rope.cu`.
+mod backward;
+
 use super::{HeadNorm, Norm};
 use crate::ops::gpu::{Fresh, Gpu, Grid, KernelOp, View};
-use candle_core::{Result, Shape, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
 /// [`Norm`] on the device: x `[m, hidden]` -> `[m, hidden]`, in the type of x.
 pub(super) struct OnDevice(pub Norm);
@@ -25,6 +27,10 @@ impl KernelOp for OnDevice {
         unsafe { call.fresh(&mut y).int(hidden).float(*eps).launch(grid)? };
         Ok((y, (m, hidden).into()))
     }
+
+    fn gradients(&self, gpu: &Gpu, inputs: &[&Tensor], _: &Tensor, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(gpu.apply2(backward::Back(self.0.clone()), &inputs[0].detach(), dy)?)])
+    }
 }
 
 /// [`HeadNorm`] on the device.
@@ -46,5 +52,9 @@ impl KernelOp for HeadsOnDevice {
         // SAFETY: the kernel's arguments.
         unsafe { call.launch(grid)? };
         Ok((y, (m, width).into()))
+    }
+
+    fn gradients(&self, gpu: &Gpu, inputs: &[&Tensor], _: &Tensor, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(gpu.apply2(backward::HeadsBack(self.0.clone()), &inputs[0].detach(), dy)?)])
     }
 }

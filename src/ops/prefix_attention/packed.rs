@@ -2,12 +2,16 @@
 //!
 //! K and V are rows `[n, kv_heads * head_dim]`: the prefixes of all jobs and the own rows of all sequences, in any
 //! order. The forward pass puts them into pages and runs the kernel that serves, so both give the same bits.
+pub mod device;
 mod gradient;
+mod on_device;
 
 use super::super::kv_write::{Part, kv_write};
 use super::{Attention, KvLayout, PAGE, Plan, SequenceView, prefix_attention};
 use crate::ops::Machine;
 use crate::ops::f32_slice;
+pub use on_device::PackedOnDevice;
+
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::collections::HashMap;
 use std::ops::Range;

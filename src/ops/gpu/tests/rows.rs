@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// Thread orders of a block; a kernel's bits must not depend on them.
 pub const ORDERS: [u32; 3] = [0, 1, 20_261];
-const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+pub const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 pub fn noise(seed: usize, n: usize) -> Vec<f32> {
     (0..n).map(|i| (((i + 31 * seed) as f64 * 12.9898).sin() * 43758.547).fract() as f32).collect()
@@ -80,7 +80,8 @@ fn norms() {
 
 #[test]
 fn products_with_bias_and_residual() {
-    for (m, n, k) in [(1, 1, 1), (3, 33, 70), (5, 300, 9)] {
+    // Up to 16 rows the kernel for few, then the library's product.
+    for (m, n, k) in [(1, 1, 1), (3, 33, 70), (16, 20, 9), (17, 300, 9), (20, 33, 70)] {
         for dtype in TYPES {
             let (x, narrow) = rounded(noise(1, m * k), (m, k), dtype);
             let (r, narrow_r) = rounded(noise(2, m * n), (m, n), dtype);

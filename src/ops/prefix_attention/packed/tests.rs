@@ -20,8 +20,8 @@ fn plan() -> Arc<PackedPlan> {
 }
 
 /// sum(r * attention) in f64, straight from the formula.
-fn loss(plan: &PackedPlan, a: Attention, [q, k, v, r]: [&[f32]; 4]) -> f64 {
-    let (dim, group) = (LAYOUT.head_dim, plan.heads / LAYOUT.kv_heads);
+pub(super) fn loss(plan: &PackedPlan, a: Attention, [q, k, v, r]: [&[f32]; 4]) -> f64 {
+    let (dim, group) = (plan.layout.head_dim, plan.heads / plan.layout.kv_heads);
     let at = |x: &[f32], row: usize, heads: usize, head: usize| -> Vec<f64> {
         x[(row * heads + head) * dim..][..dim].iter().map(|v| f64::from(*v)).collect()
     };
@@ -34,7 +34,7 @@ fn loss(plan: &PackedPlan, a: Attention, [q, k, v, r]: [&[f32]; 4]) -> f64 {
                 let query = at(q, s.queries.start + i, plan.heads, head);
                 let position = s.prefix.len() + i;
                 let weight = |j: usize| {
-                    let x = dot(&query, &at(k, rows[j], LAYOUT.kv_heads, head / group)) * f64::from(a.scale);
+                    let x = dot(&query, &at(k, rows[j], plan.layout.kv_heads, head / group)) * f64::from(a.scale);
                     let x = a.soft_cap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh());
                     let seen = (!a.causal || j <= position) && a.window.is_none_or(|w| j + w > position);
                     if seen { x.exp() } else { 0.0 }
@@ -43,7 +43,7 @@ fn loss(plan: &PackedPlan, a: Attention, [q, k, v, r]: [&[f32]; 4]) -> f64 {
                 let sum: f64 = e.iter().sum();
                 let r = at(r, s.queries.start + i, plan.heads, head);
                 for (j, e) in e.iter().enumerate() {
-                    total += e / sum * dot(&r, &at(v, rows[j], LAYOUT.kv_heads, head / group));
+                    total += e / sum * dot(&r, &at(v, rows[j], plan.layout.kv_heads, head / group));
                 }
             }
         }

@@ -1,0 +1,287 @@
+#![allow(clippy::unwrap_used)]
+use super::super::{draw, log_sum_exp, top_n};
+use super::*;
+use candle_core::Device;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::collections::BTreeMap;
+
+/// One choice, and the CPU's answer.
+struct Case {
+    filter: Filter,
+    u: f64,
+    penalties: Penalties,
+    seen: BTreeMap<u32, u32>,
+    banned: Vec<u32>,
+}
+
+impl Case {
+    fn random(rng: &mut StdRng, logits: &[f32]) -> Self {
+        let vocab = logits.len() as u32;
+        let filter = Filter {
+            temperature: pick(rng, &[0.0, 1.0, 1.0, 0.7, 2.0, 50.0, 1e-4, 1e-30]),
+            top_k: pick(rng, &[0, 0, 1, 5, 40, 300, vocab as usize, usize::MAX]),
+            top_p: pick(rng, &[1.0, 1.0, 0.9, 0.5, 0.999, 1e-9, 0.0]),
+            min_p: pick(rng, &[0.0, 0.0, 0.05, 0.5, 1e-12, 1.0, 2.0]),
+        };
+        let penalties = Penalties {
+            repetition: pick(rng, &[1.0, 1.3, 0.8]),
+            presence: pick(rng, &[0.0, 0.5, -0.3]),
+            frequency: pick(rng, &[0.0, 0.25]),
+        };
+        let few = pick(rng, &[0, 3, 20, 2000]).min(vocab);
+        let mut seen: BTreeMap<u32, u32> =
+            (0..few).map(|_| (rng.random_range(0..vocab), rng.random_range(0..4))).collect();
+        let mut banned: Vec<u32> = (0..few / 4).map(|_| rng.random_range(0..vocab)).collect();
+        // What changes the best token matters most.
+        match rng.random_range(0..3) {
+            0 => drop(seen.insert(super::super::argmax(logits) as u32, 2)),
+            1 => banned.push(super::super::argmax(logits) as u32),
+            _ => (),
+        }
+        Case {
+            filter,
+            u: pick(rng, &[0.0, 0.9, 1.0 - f64::EPSILON / 2.0, rng.clone().random()]),
+            penalties,
+            seen,
+            banned,
+        }
+    }
+
+    fn push(&self, choices: &mut Choices, row: usize) {
+        let seen = self.seen.iter().map(|(id, count)| (*id, *count));
+        choices.push(row, &self.filter, self.u, &self.penalties, seen, &self.banned);
+    }
+
+    /// As the engine's sampler penalises.
+    fn penalised(&self, logits: &[f32]) -> Vec<f32> {
+        let mut changed = logits.to_vec();
+        let p = &self.penalties;
+        for (id, count) in &self.seen {
+            let x = &mut changed[*id as usize];
+            *x = if *x > 0.0 { *x / p.repetition } else { *x * p.repetition };
+            if *count > 0 {
+                *x -= p.presence + p.frequency * *count as f32;
+            }
+        }
+        self.banned.iter().for_each(|id| changed[*id as usize] = f32::NEG_INFINITY);
+        changed
+    }
+}
+
+fn pick<T: Copy>(rng: &mut StdRng, of: &[T]) -> T {
+    of[rng.random_range(0..of.len())]
+}
+
+/// How far, in weights, the target of the draw and the cuts of top-p and min-p are from an edge of a token's share.
+fn margin(logits: &[f32], filter: &Filter, u: f64) -> f64 {
+    let candidates = top_n(logits, if filter.top_k == 0 { logits.len() } else { filter.top_k });
+    let weight = |x: f32| f64::from((x - candidates[0].1) / filter.temperature).exp().max(0.0);
+    let total: f64 = candidates.iter().map(|c| weight(c.1)).sum();
+    let cut = f64::from(filter.top_p) * total;
+    let (mut mass, mut edges, mut nearest) = (0f64, Vec::new(), f64::INFINITY);
+    for (_, x) in &candidates {
+        if mass > 0.0 && (mass >= cut && filter.top_p < 1.0 || weight(*x) < f64::from(filter.min_p)) {
+            break;
+        }
+        mass += weight(*x);
+        nearest = nearest.min((weight(*x) - f64::from(filter.min_p)).abs()).min((mass - cut).abs());
+        edges.push(mass);
+    }
+    edges.iter().map(|edge| (edge - u * mass).abs()).fold(nearest, f64::min)
+}
+
+/// Rows of logits of all kinds, the kind by the row.
+fn rows(rng: &mut StdRng, count: usize, vocab: usize) -> Vec<f32> {
+    let mut all = Vec::with_capacity(count * vocab);
+    for i in 0..count * vocab {
+        let normal: f32 = rng.sample::<f64, _>(rand_distr::StandardNormal) as f32 * 3.0;
+        let odds: f32 = rng.random();
+        all.push(match i / vocab % 9 {
+            0 | 1 => normal,
+            2 => normal.round(),
+            3 => 1.5,
+            4 => {
+                if odds < 0.3 {
+                    f32::NEG_INFINITY
+                } else {
+                    normal
+                }
+            }
+            5 => {
+                if odds < 0.1 {
+                    f32::NAN
+                } else {
+                    normal
+                }
+            }
+            6 => {
+                if odds < 0.5 {
+                    0.0
+                } else {
+                    -0.0
+                }
+            }
+            7 => {
+                if odds < 0.5 {
+                    f32::NEG_INFINITY
+                } else {
+                    f32::NAN
+                }
+            }
+            _ => normal * 1e-3 - 700.0,
+        });
+    }
+    all
+}
+
+/// Tokens in each order of threads, which must be the same.
+fn tokens(logits: &Tensor, choices: &Choices, orders: &[u32]) -> Vec<u32> {
+    let run = |order: u32| {
+        let mut sampling = Sampling::new(&Gpu::emulated(order), 1).unwrap();
+        sampling.tokens(logits, choices).unwrap().to_vec1::<u32>().unwrap()
+    };
+    let first = run(orders[0]);
+    orders[1..].iter().for_each(|order| assert_eq!(run(*order), first, "order {order}"));
+    first
+}
+
+/// The kernel's tokens against the CPU's. They may only differ where the margin is within the fixed point.
+fn compare(rng: &mut StdRng, count: usize, vocab: usize, dtype: DType, orders: &[u32]) {
+    let logits = Tensor::from_vec(rows(rng, count, vocab), (count, vocab), &Device::Cpu).unwrap();
+    let logits = logits.to_dtype(dtype).unwrap();
+    let values = logits.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+    let cases: Vec<Case> = values.iter().map(|row| Case::random(rng, row)).collect();
+    let mut choices = Choices::default();
+    // In another order than the logits.
+    (0..count).rev().for_each(|row| cases[row].push(&mut choices, row));
+    let got = tokens(&logits, &choices, orders);
+    for (row, token) in (0..count).rev().zip(got) {
+        let case = &cases[row];
+        let changed = case.penalised(&values[row]);
+        let want = draw(&changed, &case.filter, case.u) as u32;
+        let bound = vocab as f64 * (-44.9f64).exp2();
+        let near = || case.filter.temperature > 0.0 && margin(&changed, &case.filter, case.u) < bound;
+        assert!(
+            token == want || near(),
+            "{dtype:?}, vocabulary {vocab}, row {row}: {token}, on the CPU {want}; {:?} u {} {:?}, {} seen, {} banned",
+            case.filter,
+            case.u,
+            case.penalties,
+            case.seen.len(),
+            case.banned.len()
+        );
+    }
+}
+
+#[test]
+fn tokens_are_the_cpus() {
+    let mut rng = StdRng::seed_from_u64(1);
+    for vocab in [1, 2, 31, 257, 5000] {
+        compare(&mut rng, 45, vocab, DType::F32, &[0, 1, 7]);
+    }
+}
+
+#[test]
+fn tokens_of_a_large_vocabulary_are_the_cpus() {
+    compare(&mut StdRng::seed_from_u64(2), 9, 151_936, DType::F32, &[0, 7]);
+}
+
+#[test]
+fn tokens_of_narrow_logits_are_the_cpus() {
+    let mut rng = StdRng::seed_from_u64(3);
+    compare(&mut rng, 27, 3001, DType::BF16, &[1]);
+    compare(&mut rng, 27, 3001, DType::F16, &[1]);
+}
+
+/// A draw at the start, in the middle and at the end of a share; shares of equals in the order of ids.
+#[test]
+fn shares_follow_one_another() {
+    let logits = Tensor::new(&[[0f32, 2.0, 0.0, 2.0, -1.0]], &Device::Cpu).unwrap();
+    let weights = [1f64, 1.0, (-2f64).exp(), (-2f64).exp(), (-3f64).exp()];
+    let total: f64 = weights.iter().sum();
+    let filter = Filter { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    let (mut choices, mut want, mut start) = (Choices::default(), Vec::new(), 0.0);
+    for (id, w) in [1u32, 3, 0, 2, 4].into_iter().zip(weights) {
+        for at in [1e-6, 0.5, 1.0 - 1e-6] {
+            choices.push(0, &filter, (start + at * w) / total, &Penalties::NONE, [], &[]);
+            want.push(id);
+        }
+        start += w;
+    }
+    assert_eq!(tokens(&logits, &choices, &[0, 1, 7]), want);
+}
+
+#[test]
+fn changes_are_sorted_and_bans_outweigh() {
+    let mut choices = Choices::default();
+    let greedy = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    choices.push(0, &greedy, 0.0, &Penalties { presence: 1.0, ..Penalties::NONE }, [(3, 1), (1, 9)], &[1, 3, 1, 900]);
+    choices.push(0, &greedy, 0.0, &Penalties { presence: 1.0, ..Penalties::NONE }, [(3, 1)], &[]);
+    let ids: Vec<(u32, u32)> = choices.changes.iter().map(|c| (c.id, c.count)).collect();
+    assert_eq!(ids, [(1, NONE), (3, NONE), (900, NONE), (3, 1)]);
+    assert_eq!((choices.rows[0].begin, choices.rows[0].end, choices.rows[1].end, choices.len()), (0, 3, 4, 2));
+    // Ids beyond the vocabulary are nobody's.
+    let logits = Tensor::new(&[[0f32, 2.0, 1.0, 1.5]], &Device::Cpu).unwrap();
+    assert_eq!(tokens(&logits, &choices, &[0]), [2, 1]);
+    choices.clear();
+    assert!(choices.is_empty() && tokens(&logits, &choices, &[0]).is_empty());
+}
+
+#[test]
+fn log_probabilities_are_the_cpus() {
+    let mut rng = StdRng::seed_from_u64(4);
+    for (vocab, dtype) in [(1, DType::F32), (31, DType::F32), (5000, DType::F32), (700, DType::BF16), (700, DType::F16)]
+    {
+        let logits =
+            Tensor::from_vec(rows(&mut rng, 9, vocab), (9, vocab), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let values = logits.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        let chosen: Vec<u32> = (0..9).map(|_| rng.random_range(0..vocab as u32)).collect();
+        let tokens = Tensor::new(chosen.as_slice(), &Device::Cpu).unwrap();
+        let wanted: Vec<Wanted> = (0..18)
+            .map(|i| Wanted {
+                row: i % 9,
+                of: if i < 9 { Of::Choice(i) } else { Of::Token(rng.random_range(0..vocab as u32)) },
+                top: [0, 1, 5, 20][i % 4],
+            })
+            .collect();
+        let run = |order| Sampling::new(&Gpu::emulated(order), 9).unwrap().logprobs(&logits, &tokens, &wanted).unwrap();
+        let got = run(0);
+        for order in [1, 7] {
+            assert_eq!(format!("{:?}", run(order)), format!("{got:?}"), "order {order}");
+        }
+        for (w, got) in wanted.iter().zip(got) {
+            let row = &values[w.row];
+            let token = match w.of {
+                Of::Token(token) => token,
+                Of::Choice(i) => chosen[i],
+            };
+            let norm = log_sum_exp(row);
+            let same = |a: f32, x: f32| {
+                a == x - norm || a.is_nan() && norm.is_nan() || (a - (x - norm)).abs() < 2e-6 * norm.abs().max(1.0)
+            };
+            assert!(same(got.logprob, row[token as usize]), "{w:?} {got:?} {norm}");
+            let want = top_n(row, w.top);
+            assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), want.iter().map(|t| t.0).collect::<Vec<_>>());
+            assert!(got.top.iter().zip(want).all(|(a, b)| same(a.1, b.1)), "{got:?}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut sampling = Sampling::new(&Gpu::emulated(0), 1).unwrap();
+    let logits = Tensor::zeros((2, 4), DType::F32, &Device::Cpu).unwrap();
+    let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    let mut choices = Choices::default();
+    choices.push(2, &filter, 0.0, &Penalties::NONE, [], &[]);
+    assert!(sampling.tokens(&logits, &choices).unwrap_err().to_string().contains("row 2 of 2"));
+    let wide = Tensor::zeros((3, MOST_TOKENS + 1), DType::F16, &Device::Cpu).unwrap();
+    assert!(sampling.tokens(&wide, &choices).unwrap_err().to_string().contains("524289"));
+    assert!(sampling.tokens(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), &choices).is_err());
+    let tokens = Tensor::zeros(1, DType::U32, &Device::Cpu).unwrap();
+    for (row, of, top) in [(2, Of::Token(0), 0), (0, Of::Choice(1), 0), (0, Of::Token(0), MOST_TOP + 1)] {
+        assert!(sampling.logprobs(&logits, &tokens, &[Wanted { row, of, top }]).is_err());
+    }
+    let beyond = sampling.logprobs(&logits, &tokens, &[Wanted { row: 1, of: Of::Token(4), top: 0 }]).unwrap();
+    assert!(beyond[0].logprob.is_nan());
+}
