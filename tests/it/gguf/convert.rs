@@ -189,12 +189,13 @@ const NAMES: &[(&str, &str)] = &[
     (".ln_2", ".ffn_norm"),
 ];
 
-fn rename(name: &str, gemma: bool) -> String {
+fn rename(name: &str, architecture: &str) -> String {
     let mut name = name.to_owned();
     if !name.starts_with("model.") && !name.starts_with("lm_head") && !name.starts_with("transformer.") {
         name = format!("transformer.{name}");
     }
-    let second = if gemma { ".post_attention_norm" } else { ".ffn_norm" };
+    let four_norms = matches!(architecture, "gemma2" | "gemma3");
+    let second = if four_norms { ".post_attention_norm" } else { ".ffn_norm" };
     name = name.replace(".post_attention_layernorm", second);
     NAMES.iter().fold(name, |name, (here, there)| name.replace(here, there))
 }
@@ -230,7 +231,7 @@ fn tensors(out: &mut Gguf, dir: &Path, c: &Json, architecture: &str, matrices: G
                 t = pair(&t, c[key].as_u64().or(c["num_attention_heads"].as_u64()).unwrap() as usize);
             }
         }
-        out.tensors.push(stored(&rename(&name, gemma), &t, matrices));
+        out.tensors.push(stored(&rename(&name, architecture), &t, matrices));
     }
 }
 

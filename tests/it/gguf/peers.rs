@@ -1,6 +1,6 @@
 //! candle-transformers' own readers of GGUF on the same files.
 use super::convert::convert;
-use super::{worst, write_folder};
+use super::{apart, write_folder};
 use crate::support::{load, logits};
 use candle_core::quantized::{GgmlDType, gguf_file};
 use candle_core::{Device, Tensor};
@@ -27,10 +27,9 @@ fn theirs(path: &Path, architecture: &str) -> Vec<f32> {
 }
 
 /// In f32 both compute the same sums. With blocks candle rounds the input of each product to 8 bits as well, which prefixd does
-/// not: 1/254 of the largest of 32 (256) values, in 14 products one after the other.
+/// not: an error of about 0.6 % of each input, in 14 products one after the other, which attention and gates make larger.
 fn agrees(architecture: &str, config: &serde_json::Value, tensors: &HashMap<String, Tensor>) {
-    for (kind, bound) in
-        [(GgmlDType::F32, 1e-5), (GgmlDType::Q8_0, 0.05), (GgmlDType::Q4K, 0.05), (GgmlDType::Q6K, 0.05)]
+    for (kind, bound) in [(GgmlDType::F32, 1e-5), (GgmlDType::Q8_0, 0.2), (GgmlDType::Q4K, 0.2), (GgmlDType::Q6K, 0.2)]
     {
         let plain = tempfile::tempdir().unwrap();
         write_folder(plain.path(), config, tensors);
@@ -39,9 +38,8 @@ fn agrees(architecture: &str, config: &serde_json::Value, tensors: &HashMap<Stri
         let path = gguf.write(plain.path());
         let ours = logits(&load(path.to_str().unwrap(), DtypeChoice::F32), None, &TOKENS);
         let ours = ours.last().unwrap().clone();
-        let largest = ours.iter().fold(0f32, |m, v| m.max(v.abs()));
-        let off = worst(&[ours], &[theirs(&path, architecture)]) / largest;
-        println!("{architecture} {kind:?}: off by {off:.1e} of the largest logit");
+        let off = apart(&[ours], &[theirs(&path, architecture)]);
+        println!("{architecture} {kind:?}: logits off by {off:.1e} of their deviation");
         assert!(off < bound, "{architecture} {kind:?}: {off}");
     }
 }

@@ -175,7 +175,11 @@ fn numbers_that_are_missing_or_absurd() {
     let kv = "llama.attention.head_count_kv";
     says(Unserved, |g| g.set(kv, Value::Ints(vec![2, 1])), &[kv, "differ"]);
     says(Broken, |g| g.set(kv, Value::U32(3)), &["num_key_value_heads", "3", "metadata"]);
-    says(Broken, |g| g.set("llama.attention.key_length", Value::U32(7)), &["head_dim", "7", "even"]);
+    let odd = |g: &mut Gguf| {
+        g.set("llama.attention.key_length", Value::U32(7));
+        g.remove("llama.attention.value_length");
+    };
+    says(Broken, odd, &["head_dim", "7", "even"]);
     // Equal numbers, one for each layer, are one number.
     let mut same = sound();
     same.set(kv, Value::Ints(vec![2, 2]));
@@ -221,7 +225,8 @@ fn vocabularies_that_are_not_served() {
     says(Broken, |g| g.remove(pre), &[pre, "tokenizer.json"]);
     says(Unserved, |g| g.set(pre, "kimi-k2".into()), &[pre, "kimi-k2", "llama-bpe", "qwen2"]);
     says(Broken, |g| g.remove(tokens), &[tokens]);
-    says(Broken, |g| g.set(tokens, Value::Ints(vec![1])), &[tokens, "texts"]);
+    says(Broken, |g| g.set(tokens, Value::Ints(vec![1; 64])), &[tokens, "an array of 64", "texts"]);
+    says(Broken, |g| g.set(tokens, "a".into()), &[tokens, "\"a\"", "texts"]);
     says(Broken, |g| g.set(tokens, Value::Texts(vec!["x".into(); 2])), &["eos_token_id", "63", "2"]);
     let twice = |g: &mut Gguf| {
         g.remove("tokenizer.ggml.eos_token_id");

@@ -190,7 +190,7 @@ fn sentencepiece_joins_by_score() {
     assert_eq!(cut(&gguf, "c<end_of_turn>"), ["<s>", "▁", "c", "<end_of_turn>"]);
     gguf.set("tokenizer.ggml.add_space_prefix", Value::Bool(false));
     gguf.set("tokenizer.ggml.add_eos_token", Value::Bool(true));
-    assert_eq!(cut(&gguf, "abc"), ["<s>", "a", "bc", "</s>"]);
+    assert_eq!(cut(&gguf, "abc"), ["<s>", "abc", "</s>"]);
     assert_eq!(cut(&gguf, "a  b"), ["<s>", "a", "  ", "b", "</s>"]);
 }
 
