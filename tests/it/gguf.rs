@@ -323,7 +323,7 @@ fn oracle_gguf_py() {
         // What rounding each weight to 11, 8, about 7 and 5 bits does to these small, loud models; a row out of place does more than
         // any. The values of blocks are compared to the bit elsewhere.
         let bound = match kind.as_str() {
-            "f32" => 1e-6,
+            "f32" => f64::MIN_POSITIVE,
             "f16" => 1e-2,
             "bf16" | "q8_0" => 0.1,
             _ => 0.6,

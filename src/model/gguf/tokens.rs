@@ -128,7 +128,7 @@ impl Special {
         if gguf.get(TOKENS).is_some() {
             let tokens = Tokens::of(gguf)?;
             let ending = |(text, kind): (&Cow<'_, str>, &TokenKind)| {
-                *kind == TokenKind::Control && ENDINGS.contains(&text.as_ref())
+                matches!(kind, TokenKind::Control | TokenKind::UserDefined) && ENDINGS.contains(&text.as_ref())
             };
             let found = tokens.texts.iter().zip(&tokens.kinds).map(ending).enumerate();
             ends.extend(found.filter(|(_, ends)| *ends).map(|(id, _)| id as u32));

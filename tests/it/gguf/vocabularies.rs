@@ -197,19 +197,19 @@ fn sentencepiece_joins_by_score() {
 /// Texts end at what the metadata names and at the usual names of turns' ends; the chat template knows the tokens.
 #[test]
 fn ends_and_templates_come_from_the_metadata() {
-    let texts = ["<unk>", "<s>", "</s>", "a", "<|eot_id|>", "<|im_end|>"].map(String::from).to_vec();
+    let texts = ["<unk>", "<s>", "</s>", "a", "<|eot_id|>", "<|im_end|>", "<|end|>"].map(String::from).to_vec();
     let mut gguf = file(texts.len());
     gguf.set("tokenizer.ggml.model", "llama".into());
     gguf.set("tokenizer.ggml.tokens", Value::Texts(texts));
-    gguf.set("tokenizer.ggml.token_type", Value::Ints(vec![2, 3, 3, 1, 3, 1]));
-    gguf.set("tokenizer.ggml.scores", Value::Floats(vec![0.0; 6]));
+    gguf.set("tokenizer.ggml.token_type", Value::Ints(vec![2, 3, 3, 1, 3, 1, 4]));
+    gguf.set("tokenizer.ggml.scores", Value::Floats(vec![0.0; 7]));
     gguf.set("tokenizer.ggml.eot_token_id", Value::U32(3));
     gguf.set("tokenizer.chat_template", "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}".into());
     let dir = tempfile::tempdir().unwrap();
     let files = prefixd::model::source::resolve(gguf.write(dir.path()).to_str().unwrap()).unwrap();
     let ends: Json = serde_json::from_slice(files.generation_config.as_deref().unwrap()).unwrap();
-    // `<|im_end|>` is no control token there: it is text.
-    assert_eq!(ends, json!({ "eos_token_id": [2, 3, 4] }));
+    // `<|im_end|>` is plain text there.
+    assert_eq!(ends, json!({ "eos_token_id": [2, 3, 4, 6] }));
     let config: Json = serde_json::from_slice(files.tokenizer_config.as_deref().unwrap()).unwrap();
     assert_eq!((&config["bos_token"], &config["eos_token"]), (&json!("<s>"), &json!("</s>")));
     assert!(config["chat_template"].as_str().unwrap().starts_with("{{ bos_token }}"));
