@@ -19,7 +19,7 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where `/metrics` listens; none: no metrics server.
     pub metrics_listen: Option<SocketAddr>,
-    /// `embedded`, a Hugging Face folder, or a hub id.
+    /// `embedded`, a Hugging Face folder, a GGUF, or a hub id.
     pub model: String,
     /// The adapter store. None: the shipped adapters in a folder that is gone at exit.
     pub adapters: Option<PathBuf>,
@@ -27,7 +27,7 @@ pub struct Config {
     pub watch: bool,
     /// Where the model runs.
     pub device: Device,
-    /// Type of the weights; `auto` keeps the checkpoint's.
+    /// Type of the weights; `auto` keeps the checkpoint's, and decodes the blocks of a GGUF to bf16.
     pub dtype: DtypeChoice,
     /// What the weights are rounded to once they are loaded.
     pub quantize: Quantize,
@@ -114,7 +114,7 @@ impl From<Device> for String {
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum DtypeChoice {
-    /// As in the checkpoint.
+    /// As in the checkpoint; the blocks of a GGUF are decoded to bf16.
     #[default]
     Auto,
     /// 32-bit float.

@@ -3,6 +3,7 @@ pub mod background;
 pub mod batch;
 pub mod config;
 mod decoder;
+mod gguf;
 mod layer;
 pub mod packed;
 pub mod source;
@@ -46,7 +47,7 @@ pub struct Model {
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct ModelInfo {
-    /// Folder, hub id or `embedded`.
+    /// Folder, file, hub id or `embedded`.
     pub name: String,
     pub family: &'static str,
     pub num_parameters: u64,
@@ -122,7 +123,7 @@ impl Model {
                 if ids.is_empty() { config.eos_token_ids.clone() } else { ids }
             }
         };
-        let mut checkpoint = Checkpoint::open(&files.weights, dtype)?;
+        let mut checkpoint = Checkpoint::open(&files.weights, dtype, options.quantize, &config)?;
         let machine = machine(options)?;
         let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &machine)?;
         let heads = if machine.gpu().is_some() { Machine::new(options.threads) } else { machine.clone() };

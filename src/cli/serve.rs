@@ -50,8 +50,8 @@ struct Settings {
 /// What is served, and with which means: also for commands that start a server of their own.
 #[derive(Debug, Args, Serialize)]
 pub(super) struct Hosted {
-    /// A Hugging Face folder, a hub id, or `embedded` [default].
-    #[arg(long, value_name = "DIR|HUB_ID")]
+    /// A Hugging Face folder, a GGUF file, a hub id, or `embedded` [default].
+    #[arg(long, value_name = "DIR|FILE|HUB_ID")]
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<String>,
     /// The adapter store: a folder of adapter folders [default: the shipped adapters].
@@ -62,7 +62,7 @@ pub(super) struct Hosted {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<Device>,
-    /// Type of the weights [default: the checkpoint's].
+    /// Type of the weights [default: the checkpoint's; bf16 for GGUF blocks].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<DtypeChoice>,

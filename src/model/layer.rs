@@ -129,7 +129,7 @@ impl<'l, 'c> Loader<'l, 'c> {
     fn weight(&mut self, name: &str, rows: usize, k: usize, bias: bool) -> Result<(Tensor, Option<Tensor>)> {
         let at = format!("{name}.weight");
         // The embedding table of a family with transposed layers is none of them.
-        let transposed = self.config.family.names.transposed && bias;
+        let transposed = self.config.family.names.transposed && bias && !self.checkpoint.is_gguf();
         let weight = if transposed {
             self.checkpoint.take(&at, &[k, rows])?.t()?.contiguous()?
         } else {
@@ -154,7 +154,7 @@ impl<'l, 'c> Loader<'l, 'c> {
 
     fn norm_weight(&mut self, name: &str, width: usize) -> Result<Vec<f32>> {
         let mut weight = self.vector(name, ["weight", "gamma"], width)?;
-        if self.config.family.norm == NormKind::RmsPlusOne {
+        if self.config.family.norm == NormKind::RmsPlusOne && !self.checkpoint.is_gguf() {
             weight.iter_mut().for_each(|w| *w += 1.0);
         }
         Ok(weight)

@@ -1,4 +1,5 @@
-//! Where a base model's files come from: the executable, a folder, or the hub.
+//! Where a base model's files come from: the executable, a folder, a GGUF, or the hub.
+use super::gguf::{Gguf, SmallFiles};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ops::mapped::Mapped;
 use std::ops::Deref;
@@ -9,7 +10,7 @@ const MAX_SMALL_FILE: u64 = 256 << 20;
 
 /// The files of one model.
 pub struct ModelFiles {
-    /// Folder, hub id or `embedded`.
+    /// Folder, file, hub id or `embedded`.
     pub name: String,
     /// `config.json`.
     pub config: Bytes,
@@ -21,11 +22,11 @@ pub struct ModelFiles {
     pub tokenizer_config: Option<Bytes>,
     /// `chat_template.jinja`: where newer transformers saves the chat template.
     pub chat_template: Option<Bytes>,
-    /// One or more safetensors.
+    /// One or more safetensors, or one GGUF.
     pub weights: Vec<WeightFile>,
 }
 
-/// One safetensors file.
+/// One safetensors file or GGUF.
 pub struct WeightFile {
     /// For messages.
     pub name: String,
@@ -54,8 +55,8 @@ impl Deref for Bytes {
     }
 }
 
-/// Finds the files of `name`: `embedded`, a folder, or else a hub id (`owner/name`), which is downloaded into
-/// the hub's cache. Blocks.
+/// Finds the files of `name`: `embedded`, a folder, a GGUF, or else a hub id (`owner/name`, or `owner/name/file.gguf`), which
+/// is downloaded into the hub's cache. Blocks.
 ///
 /// # Errors
 /// `InvalidArgument` naming the missing file or what the hub says.
@@ -65,14 +66,74 @@ pub fn resolve(name: &str) -> Result<ModelFiles> {
     }
     let path = Path::new(name);
     if path.is_dir() {
-        return folder(name, path);
+        return match only_gguf(path)? {
+            Some(file) => gguf(name, &file),
+            None => folder(name, path),
+        };
+    }
+    if path.is_file() {
+        return gguf(name, path);
     }
     let parts: Vec<&str> = name.split('/').collect();
-    let hub_name = parts.len() <= 2 && parts.iter().all(|p| !p.is_empty() && !p.starts_with('.'));
-    if !hub_name {
-        return Err(Error::invalid("model", format!("{name:?}"), "must be `embedded`, a folder, or a hub id"));
+    let named = parts.iter().all(|p| !p.is_empty() && !p.starts_with('.'));
+    match (parts.as_slice(), is_gguf_name(name)) {
+        ([_] | [_, _], false) if named => hub(name),
+        ([owner, repo, file @ ..], true) if named && !file.is_empty() => {
+            hub_gguf(name, &format!("{owner}/{repo}"), &file.join("/"))
+        }
+        (_, true) => Err(Error::invalid("model", format!("{name:?}"), "which is no file here")),
+        _ => {
+            let rule = "must be `embedded`, a folder, a GGUF, or a hub id";
+            Err(Error::invalid("model", format!("{name:?}"), rule))
+        }
     }
-    hub(name)
+}
+
+fn is_gguf_name(name: &str) -> bool {
+    name.ends_with(".gguf")
+}
+
+/// The GGUF of a folder that has no `config.json`; `None` where it has none of both.
+fn only_gguf(dir: &Path) -> Result<Option<PathBuf>> {
+    if dir.join("config.json").is_file() {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(dir).or_kind(Kind::InvalidArgument, dir.display())?;
+    let mut names: Vec<String> = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+    names.retain(|name| is_gguf_name(name));
+    names.sort();
+    match names.as_slice() {
+        [] => Ok(None),
+        [one] => Ok(Some(dir.join(one))),
+        several => {
+            let rule = format!("a folder with {} of them; name one: {}", several.len(), several.join(", "));
+            Err(Error::invalid("model", dir.display(), rule))
+        }
+    }
+}
+
+/// A GGUF, and the tokenizer that lies beside it in Hugging Face's files, if one does.
+fn gguf(name: &str, path: &Path) -> Result<ModelFiles> {
+    let bytes = Mapped::open(path).or_kind(Kind::InvalidArgument, path.display())?;
+    let read_header = || SmallFiles::of(&Gguf::parse(&bytes)?);
+    let small = read_header().map_err(|e| e.context(path.display()))?;
+    let dir = path.parent().unwrap_or(Path::new(""));
+    let beside = |file: &str| optional(dir, file);
+    Ok(ModelFiles {
+        name: name.into(),
+        config: small.config,
+        generation_config: Some(small.generation_config),
+        tokenizer: match beside("tokenizer.json")? {
+            Some(tokenizer) => tokenizer,
+            None => small.tokenizer.map_err(|e| e.context(path.display()))?,
+        },
+        tokenizer_config: Some(beside("tokenizer_config.json")?.unwrap_or(small.tokenizer_config)),
+        chat_template: beside("chat_template.jinja")?,
+        weights: vec![WeightFile {
+            name: path.file_name().map_or_else(|| name.to_owned(), |n| n.to_string_lossy().into_owned()),
+            bytes: Bytes::Mapped(bytes),
+        }],
+    })
 }
 
 fn embedded() -> ModelFiles {
@@ -93,10 +154,7 @@ fn embedded() -> ModelFiles {
 }
 
 fn folder(name: &str, dir: &Path) -> Result<ModelFiles> {
-    let optional = |file: &str| {
-        let path = dir.join(file);
-        path.is_file().then(|| read(&path).map(Bytes::Owned)).transpose()
-    };
+    let optional = |file: &str| optional(dir, file);
     let index = dir.join("model.safetensors.index.json");
     let shards = if index.is_file() { shard_names(&read(&index)?)? } else { vec!["model.safetensors".to_owned()] };
     let weight = |shard: String| {
@@ -113,6 +171,18 @@ fn folder(name: &str, dir: &Path) -> Result<ModelFiles> {
         chat_template: optional("chat_template.jinja")?,
         weights: shards.into_iter().map(weight).collect::<Result<_>>()?,
     })
+}
+
+fn optional(dir: &Path, file: &str) -> Result<Option<Bytes>> {
+    let path = dir.join(file);
+    path.is_file().then(|| read(&path).map(Bytes::Owned)).transpose()
+}
+
+/// Downloads one GGUF of a hub id, if it is not cached.
+fn hub_gguf(name: &str, id: &str, file: &str) -> Result<ModelFiles> {
+    let place = format!("model `{name}` is no file here, and the hub");
+    let api = hf_hub::api::sync::ApiBuilder::from_env().build().or_kind(Kind::InvalidArgument, &place)?;
+    gguf(name, &api.model(id.to_owned()).get(file).or_kind(Kind::InvalidArgument, &place)?)
 }
 
 /// Downloads what is not cached, then serves the cache's folder.
@@ -183,5 +253,20 @@ mod tests {
     fn a_missing_folder_is_told_from_a_hub_id() {
         let e = resolve("/no/such/folder").err().unwrap().to_string();
         assert!(e.contains("/no/such/folder"), "{e}");
+        let e = resolve("models/none.gguf").err().unwrap().to_string();
+        assert!(e.contains("models/none.gguf") && e.contains("no file here"), "{e}");
+    }
+
+    #[test]
+    fn a_folder_of_ggufs_needs_one_of_them_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| std::fs::write(dir.path().join(name), b"GGML").unwrap();
+        let message = || resolve(dir.path().to_str().unwrap()).err().unwrap().to_string();
+        write("a.gguf");
+        assert!(message().contains("a.gguf: ") && message().contains("\"GGML\""), "{}", message());
+        write("b.gguf");
+        assert!(message().contains("a.gguf, b.gguf"), "{}", message());
+        write("config.json");
+        assert!(message().contains("tokenizer.json"), "{}", message());
     }
 }

@@ -1,26 +1,53 @@
-//! Tensors out of safetensors files, each taken once, by name and shape.
+//! Tensors out of safetensors files or a GGUF, each taken once, by name and shape.
+use super::config::ModelConfig;
+use super::gguf::{Gguf, Stored, TensorNames, decode};
 use super::source::WeightFile;
+use crate::config::Quantize;
 use crate::error::{Context, Error, Kind, Result};
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use safetensors::tensor::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 
 /// The open files of a checkpoint and what was taken from them.
 pub struct Checkpoint<'a> {
-    shards: Vec<Shard<'a>>,
-    /// Tensor name -> shard; a taken tensor is gone.
-    left: BTreeMap<String, usize>,
-    /// Type to convert to, if not the checkpoint's own.
-    dtype: Option<DType>,
+    /// By name; a taken tensor is gone.
+    left: BTreeMap<String, Weight<'a>>,
+    /// What the names are in the file, if it is a GGUF.
+    names: Option<TensorNames>,
+    types: Types,
     parameters: u64,
     found: Option<DType>,
 }
 
-struct Shard<'a> {
-    name: &'a str,
-    /// Bytes after the header.
-    data: &'a [u8],
-    metadata: Metadata,
+/// A tensor where it lies.
+struct Weight<'a> {
+    /// For messages.
+    file: &'a str,
+    shape: Vec<usize>,
+    content: Content<'a>,
+}
+
+enum Content<'a> {
+    Plain {
+        dtype: Dtype,
+        bytes: &'a [u8],
+    },
+    Gguf {
+        stored: Stored<'a>,
+        /// Heads whose rows are in pairs.
+        paired: Option<usize>,
+    },
+}
+
+/// What tensors become when they are taken.
+#[derive(Clone, Copy)]
+enum Types {
+    /// What they are in the file.
+    Own,
+    /// All of them this.
+    All(DType),
+    /// Those with more than one dimension this. The vectors of a GGUF are f32 and stay so: beside its blocks they are exact.
+    Matrices(DType),
 }
 
 impl<'a> Checkpoint<'a> {
@@ -28,24 +55,66 @@ impl<'a> Checkpoint<'a> {
     ///
     /// # Errors
     /// `InvalidArgument` naming the file for a broken header, or a tensor that two files hold.
-    pub fn open(files: &'a [WeightFile], dtype: Option<DType>) -> Result<Self> {
-        let (mut shards, mut left) = (Vec::new(), BTreeMap::new());
-        for (i, file) in files.iter().enumerate() {
-            let place = &file.name;
-            let (header, metadata) = SafeTensors::read_metadata(&file.bytes).or_kind(Kind::InvalidArgument, place)?;
-            for name in metadata.tensors().into_keys() {
-                if left.insert(name.clone(), i).is_some() {
-                    return Err(Error::new(
-                        Kind::InvalidArgument,
-                        format!("{place}: tensor {name} is in another file too"),
-                    ));
-                }
+    pub fn open(
+        files: &'a [WeightFile],
+        dtype: Option<DType>,
+        quantize: Quantize,
+        config: &ModelConfig,
+    ) -> Result<Self> {
+        let types = dtype.map_or(Types::Own, Types::All);
+        let mut checkpoint = Checkpoint { left: BTreeMap::new(), names: None, types, parameters: 0, found: None };
+        for file in files {
+            if Gguf::is(&file.bytes) {
+                checkpoint.open_gguf(file, dtype, quantize, config).map_err(|e| e.context(&file.name))?;
+            } else {
+                checkpoint.open_safetensors(file)?;
             }
-            // 8 bytes of length, then the header.
-            let data = file.bytes.get(header + 8..).unwrap_or_default();
-            shards.push(Shard { name: place, data, metadata });
         }
-        Ok(Checkpoint { shards, left, dtype, parameters: 0, found: None })
+        Ok(checkpoint)
+    }
+
+    fn open_safetensors(&mut self, file: &'a WeightFile) -> Result<()> {
+        let place = &file.name;
+        let (header, metadata) = SafeTensors::read_metadata(&file.bytes).or_kind(Kind::InvalidArgument, place)?;
+        // 8 bytes of length, then the header.
+        let data = file.bytes.get(header + 8..).unwrap_or_default();
+        for (name, info) in metadata.tensors() {
+            let bytes = data.get(info.data_offsets.0..info.data_offsets.1);
+            let bytes = bytes.ok_or_else(|| Error::precondition(format!("{place}: tensor {name} cannot be read")))?;
+            let content = Content::Plain { dtype: info.dtype, bytes };
+            self.add(name, Weight { file: place, shape: info.shape.clone(), content })?;
+        }
+        Ok(())
+    }
+
+    fn open_gguf(
+        &mut self,
+        file: &'a WeightFile,
+        dtype: Option<DType>,
+        quantize: Quantize,
+        config: &ModelConfig,
+    ) -> Result<()> {
+        let gguf = Gguf::parse(&file.bytes)?;
+        let names = TensorNames::new(&gguf, config)?;
+        self.types = Types::Matrices(matrix_type(&gguf, dtype, quantize));
+        for (name, stored) in gguf.tensors() {
+            let Some(full) = names.full(name) else { continue };
+            let content = Content::Gguf { stored: stored.clone(), paired: names.paired_heads(name) };
+            self.add(full, Weight { file: &file.name, shape: stored.shape.clone(), content })?;
+        }
+        self.names = Some(names);
+        Ok(())
+    }
+
+    fn add(&mut self, name: String, weight: Weight<'a>) -> Result<()> {
+        let file = weight.file;
+        match self.left.insert(name.clone(), weight) {
+            None => Ok(()),
+            Some(_) => {
+                let message = format!("{file}: tensor {name} is in another file too");
+                Err(Error::new(Kind::InvalidArgument, message))
+            }
+        }
     }
 
     /// Takes `name`, which must have `shape`.
@@ -53,36 +122,43 @@ impl<'a> Checkpoint<'a> {
     /// # Errors
     /// `FailedPrecondition` naming the tensor: missing, of another shape or type.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let Some(shard) = self.left.remove(name) else {
-            return Err(Error::precondition(format!("the checkpoint has no tensor {name} (shape {shape:?})")));
+        let stored_name = self.stored_name(name);
+        let Some(weight) = self.left.remove(name) else {
+            return Err(Error::precondition(format!("the checkpoint has no tensor {stored_name} (shape {shape:?})")));
         };
-        let shard = &self.shards[shard];
-        let missing = || Error::precondition(format!("{}: tensor {name} cannot be read", shard.name));
-        let info = shard.metadata.info(name).ok_or_else(missing)?;
-        if info.shape != shape {
-            let found = &info.shape;
+        if weight.shape != shape {
+            let (file, found) = (weight.file, &weight.shape);
+            let source = if self.names.is_some() { "the metadata" } else { "config.json" };
             return Err(Error::precondition(format!(
-                "{}: tensor {name} has shape {found:?}, config.json asks for {shape:?}",
-                shard.name
+                "{file}: tensor {stored_name} has shape {found:?}, {source} asks for {shape:?}"
             )));
         }
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            other => {
-                return Err(Error::precondition(format!(
-                    "{}: tensor {name} has type {other:?}; f32, bf16 and f16 are served",
-                    shard.name
-                )));
+        let tensor = match weight.content {
+            Content::Plain { dtype, bytes } => {
+                let dtype = plain(dtype).map_err(|e| e.context(format!("{}: tensor {name}", weight.file)))?;
+                let tensor = Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu)?;
+                tensor.to_dtype(self.types.of(shape, dtype))?
+            }
+            Content::Gguf { stored, paired } => {
+                let own = stored.encoding.plain().unwrap_or(DType::F32);
+                let tensor = decode(&stored, self.types.of(shape, own))?;
+                paired.map_or(Ok(tensor.clone()), |heads| apart(&tensor, heads))?
             }
         };
-        let bytes = shard.data.get(info.data_offsets.0..info.data_offsets.1).ok_or_else(missing)?;
-        let tensor = Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu)?;
         self.parameters += tensor.elem_count() as u64;
-        let dtype = self.dtype.unwrap_or(dtype);
-        self.found.get_or_insert(dtype);
-        Ok(tensor.to_dtype(dtype)?)
+        self.found.get_or_insert(tensor.dtype());
+        Ok(tensor)
+    }
+
+    /// What the file calls the tensor `name`.
+    fn stored_name(&self, name: &str) -> String {
+        self.names.as_ref().map_or_else(|| name.to_owned(), |names| names.stored(name))
+    }
+
+    /// Whether it is a GGUF: layers are `[out, in]` whatever the family, and a norm has w where the family's own
+    /// checkpoints have w - 1.
+    pub fn is_gguf(&self) -> bool {
+        self.names.is_some()
     }
 
     /// Elements taken so far.
@@ -102,8 +178,7 @@ impl<'a> Checkpoint<'a> {
 
     /// Rows of `name`, if it is there and was not taken.
     pub fn rows(&self, name: &str) -> Option<usize> {
-        let shard = &self.shards[*self.left.get(name)?];
-        shard.metadata.info(name)?.shape.first().copied()
+        self.left.get(name)?.shape.first().copied()
     }
 
     /// Forgets `name`, if it is there: a copy of something taken under another name.
@@ -124,11 +199,57 @@ impl<'a> Checkpoint<'a> {
         if self.left.is_empty() {
             return Ok(());
         }
-        let names: Vec<&str> = self.left.keys().take(5).map(String::as_str).collect();
+        let names: Vec<String> = self.left.keys().take(5).map(|name| self.stored_name(name)).collect();
         Err(Error::precondition(format!(
             "the checkpoint has {} tensors that this family does not use: {}",
             self.left.len(),
             names.join(", ")
         )))
     }
+}
+
+impl Types {
+    /// That of a tensor which is `own` in the file.
+    fn of(self, shape: &[usize], own: DType) -> DType {
+        match self {
+            Types::All(dtype) => dtype,
+            Types::Matrices(dtype) if shape.len() > 1 => dtype,
+            _ => own,
+        }
+    }
+}
+
+fn plain(dtype: Dtype) -> Result<DType> {
+    match dtype {
+        Dtype::F32 => Ok(DType::F32),
+        Dtype::BF16 => Ok(DType::BF16),
+        Dtype::F16 => Ok(DType::F16),
+        other => Err(Error::precondition(format!("has type {other:?}; f32, bf16 and f16 are served"))),
+    }
+}
+
+/// What the matrices of a GGUF become: blocks bf16 unless `asked` otherwise, and f32 where they are rounded once more; without
+/// blocks what they are, and f32 where they are several types.
+fn matrix_type(gguf: &Gguf<'_>, asked: Option<DType>, quantize: Quantize) -> DType {
+    let matrices = || gguf.tensors().filter(|(_, t)| t.shape.len() > 1).map(|(_, t)| t.encoding.plain());
+    let blocks = matrices().any(|plain| plain.is_none());
+    if blocks && quantize != Quantize::None {
+        return DType::F32;
+    }
+    asked.unwrap_or_else(|| {
+        let first = matrices().next().flatten().unwrap_or(DType::F32);
+        match blocks {
+            true => DType::BF16,
+            false if matrices().all(|plain| plain == Some(first)) => first,
+            false => DType::F32,
+        }
+    })
+}
+
+/// Rows of heads whose pairs `(2 i, 2 i + 1)` turn together -> the two halves of each head apart.
+fn apart(tensor: &Tensor, heads: usize) -> Result<Tensor> {
+    let shape = tensor.shape().clone();
+    let half = shape.dims()[0] / heads / 2;
+    let pairs = tensor.reshape((heads, half, 2, tensor.elem_count() / (heads * half * 2)))?;
+    Ok(pairs.transpose(1, 2)?.contiguous()?.reshape(shape)?)
 }

@@ -248,6 +248,27 @@ fn model_weights() {
     model("model.safetensors");
 }
 
+/// A base in one file: header, vocabulary and blocks.
+#[test]
+fn gguf() {
+    for sentencepiece in [false, true] {
+        let sound = crate::gguf::tiny(sentencepiece);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        std::fs::write(&path, &sound).unwrap();
+        crate::support::load(path.to_str().unwrap(), DtypeChoice::Auto);
+        let load = std::panic::AssertUnwindSafe(|bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            if let Ok(model) = crate::support::try_load(path.to_str().unwrap(), DtypeChoice::Auto) {
+                let ids = model.tokenizer().encode("ab w3 \u{1F600} <s>", true).unwrap_or_default();
+                let _ = model.tokenizer().decode(&ids);
+            }
+            bytes.len()
+        });
+        fuzz("model.gguf", &sound, |bytes| load(bytes));
+    }
+}
+
 /// A context of 16 million tokens costs nothing until somebody uses it.
 #[test]
 fn claimed_positions_take_no_memory() {

@@ -8,6 +8,7 @@ mod candle_peer;
 mod chat;
 mod drain;
 mod fuzz;
+mod gguf;
 mod hot_load;
 mod invariance;
 mod jobs;
