@@ -1,27 +1,20 @@
-// norm: RMSNorm and LayerNorm of rows, and RMSNorm of heads, optionally after adding a residual.
+// norm: RMSNorm and LayerNorm of rows. The residual before it is added where the product before it is written (linear.cu, add.cu).
 //
-//   s = x (+ residual);  RMSNorm: y = s / sqrt(mean(s^2) + eps) * w;  LayerNorm: y = (s - mean) / sqrt(var + eps) * w + b
+//   RMSNorm: y = x / sqrt(mean(x^2) + eps) * w;  LayerNorm, with b: y = (x - mean) / sqrt(var + eps) * w + b
 //
-// Layout: x, residual, sum, y [rows, width] of T; w, b [width] f32. Rows of x are `stride` elements apart, so a head of a
-// packed projection is a row too.
+// Layout: x, y [rows, width] of T; w, b [width] f32.
 // Grid: one block of 32..1024 threads (a multiple of 32) a row. Shared memory: width * 4 bytes, the row in f32, so global memory is
-// read once. Roofline: reads x (and residual), writes y (and sum); bound by memory.
+// read once. Roofline: reads x, writes y; bound by memory.
 #include "common.cuh"
 
 template <typename T>
-__device__ void norm_rows(const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ sum, const float* __restrict__ w,
-                          const float* __restrict__ b, T* __restrict__ y, int width, float eps) {
+__device__ void norm_rows(const T* __restrict__ x, const float* __restrict__ w, const float* __restrict__ b, T* __restrict__ y, int width,
+                          float eps) {
     DYN_SHARED(float, row);
     const size_t start = (size_t)blockIdx.x * width;
     float total = 0.f;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = to_float(x[start + i]);
-        if (residual) {
-            // What the next layer adds to is of T: round first, as the stored sum is rounded.
-            const T rounded = From<T>::f32(v + to_float(residual[start + i]));
-            sum[start + i] = rounded;
-            v = to_float(rounded);
-        }
+        const float v = to_float(x[start + i]);
         row[i] = v;
         total += b ? v : v * v;
     }
@@ -39,9 +32,9 @@ __device__ void norm_rows(const T* __restrict__ x, const T* __restrict__ residua
 }
 
 #define KERNEL(SUFFIX, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(1024) norm_##SUFFIX(const T* x, const T* residual, T* sum, const float* w, \
-                                                                     const float* b, T* y, int width, float eps) {    \
-        norm_rows<T>(x, residual, sum, w, b, y, width, eps);                                                          \
+    extern "C" __global__ void __launch_bounds__(1024) norm_##SUFFIX(const T* x, const float* w, const float* b, T* y,    \
+                                                                     int width, float eps) {                          \
+        norm_rows<T>(x, w, b, y, width, eps);                                                                         \
     }                                                                                                                 \
     EXPORT(norm_##SUFFIX)
 FOR_TYPES(KERNEL)

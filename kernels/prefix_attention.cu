@@ -34,6 +34,8 @@
 // Shared memory (bytes): 32 R D for Q; 2048 C for quarters on their way (C = min(16, R D / 8) fragments a pass); 64 R D for what is
 // merged; 1600 R of row state. R D = 256: 61.2 KiB at R = 4, 58 KiB at R = 2; 64 x 1: 23.6 KiB; 128 x 1: 45.6 KiB.
 //
+// spills: the attention kernels none; combine 8 bytes on sm_90a, where ptxas keeps to 32 registers for occupancy. It is bound by memory.
+//
 // Roofline. A unit of n vectors and s slots reads 4 s dim bytes of K and V for 4 n s dim flops: n flops a byte. Decode (n = 1..16) is
 // bound by memory, whatever the tile wastes; n = 64 needs 64 * 3.35e12 = 2.1e14 flops/s to keep up with an H100's memory, of its 9.9e14.
 // A split costs 8 dim bytes a vector and span, written and read, against 1024 dim a span: 0.8 % for each vector of a unit.

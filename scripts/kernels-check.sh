@@ -9,10 +9,20 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 newest=$("$nvcc" --list-gpu-code | grep -o 'sm_[0-9]*' | sort -V | tail -1)
 failed=0
+# The compilations side by side, then the report in order.
+compile() {
+    local nvcc=$1 tmp=$2 source=$3 arch=$4
+    case $arch in
+    compute_*) "$nvcc" -ptx -O3 -std=c++17 -I . -arch="$arch" -o "$tmp/$source.ptx" "$source" > "$tmp/$source.$arch" 2>&1 ;;
+    *) "$nvcc" -cubin -O3 -std=c++17 -I . -arch="$arch" -Xptxas -v -o "$tmp/$source.$arch.cubin" "$source" > "$tmp/$source.$arch" 2>&1 ;;
+    esac || { cat "$tmp/$source.$arch"; return 255; }
+}
+export -f compile
 for source in *.cu; do
-    "$nvcc" -ptx -O3 -std=c++17 -I . -arch=compute_80 -o "$tmp/x.ptx" "$source"
+    for arch in compute_80 sm_80 sm_90a "$newest"; do echo "$source $arch"; done
+done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$0" "$1" "$2" "$3"' "$nvcc" "$tmp"
+for source in *.cu; do
     for arch in sm_80 sm_90a "$newest"; do
-        "$nvcc" -cubin -O3 -std=c++17 -I . -arch="$arch" -Xptxas -v -o "$tmp/x.cubin" "$source" > "$tmp/log" 2>&1 || { cat "$tmp/log"; exit 1; }
         awk -v arch="$arch" '
             /Compiling entry function/ { split($0, part, "'"'"'"); name = part[2] }
             /spill stores/ { spills = $5 + $9; stack = $1 }
@@ -22,7 +32,7 @@ for source in *.cu; do
                 printf "%-8s %-40s %3d registers %6d bytes shared %4d bytes stack %4d bytes spilt\n", arch, name, registers, shared, stack, spills
                 total += spills
             }
-            END { exit total > 0 }' "$tmp/log" || grep -q "spills:" "$source" || { echo "$source spills on $arch"; failed=1; }
+            END { exit total > 0 }' "$tmp/$source.$arch" || grep -q "spills:" "$source" || { echo "$source spills on $arch"; failed=1; }
     done
 done
 exit $failed

@@ -106,6 +106,13 @@ fn run(model: &Model, rows: &Rows<'_>, kv: &KvPool, harm: &dyn Fn(&mut Batch)) -
     model.logits(&hidden).unwrap().to_vec2().unwrap()
 }
 
+/// Whether a folder of a model or a run is one that `PREFIXD_TEST_CASES` names, by the start of its name; all are, where that is
+/// not set.
+pub fn asked_for(dir: &Path) -> bool {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    std::env::var("PREFIXD_TEST_CASES").map_or(true, |names| names.split(',').any(|n| name.starts_with(n)))
+}
+
 /// Answers of one request in two batches: the same bits on the processor; on a GPU, where a library multiplies many rows, the
 /// same tokens, and figures that differ by roundings of f32.
 pub fn same(a: &Answer, b: &Answer, what: &str) {

@@ -1,5 +1,5 @@
 //! Whole training runs of PEFT and torch against ours: every loss and the final weights.
-use crate::support::{data, load};
+use crate::support::{asked_for, data, load};
 use candle_core::{Device, Tensor};
 use prefixd::adapter::InputRow;
 use prefixd::config::DtypeChoice;
@@ -165,7 +165,8 @@ fn training_oracle_runs() {
 }
 
 fn walk(root: &Path) -> usize {
-    let mut dirs: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    let mut dirs: Vec<_> =
+        std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir() && asked_for(p)).collect();
     dirs.sort();
     let runs: Vec<Run> = dirs.iter().map(|d| Run::read(d)).collect();
     let mut models: Vec<&str> = runs.iter().map(|r| r.log["model"].as_str().unwrap()).collect();

@@ -84,8 +84,7 @@ impl KernelOp for Normed {
         let (rows, width) = x.dims2()?;
         let mut y = gpu.fresh(x.dtype(), rows * width)?;
         let grid = Grid { blocks: [rows as u32, 1, 1], threads: 32, shared: 4 * width as u32 };
-        let call =
-            gpu.call("norm", x.dtype()).view(x).pointer(0).pointer(0).buffer(&self.0, 0, 4).pointer(0).fresh(&mut y);
+        let call = gpu.call("norm", x.dtype()).view(x).buffer(&self.0, 0, 4).pointer(0).fresh(&mut y);
         // SAFETY: the kernel's arguments.
         unsafe { call.int(width).float(1e-6).launch(grid)? };
         Ok((y, (rows, width).into()))

@@ -19,7 +19,7 @@ impl KernelOp for OnDevice {
         }
         let mut y = gpu.fresh(x.dtype(), m * hidden)?;
         let bias = bias.as_ref().and_then(|b| b.buffer());
-        let call = gpu.call("norm", x.dtype()).view(x).pointer(0).pointer(0).optional(weight.buffer()).optional(bias);
+        let call = gpu.call("norm", x.dtype()).view(x).optional(weight.buffer()).optional(bias);
         // A thread for each element of a short row; 8 warps hide the loads of a long one.
         let threads = (hidden.next_multiple_of(32) as u32).min(256);
         let grid = Grid { blocks: [m as u32, 1, 1], threads, shared: 4 * hidden as u32 };
