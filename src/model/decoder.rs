@@ -233,7 +233,7 @@ impl Decoder {
     /// What tokens enter the first layer as, without learned positions: `[tokens, hidden]` in f32 on the processor.
     pub fn token_rows(&self, tokens: &[u32]) -> Result<Tensor> {
         let bare = Embedding { positions: None, ..self.embedding.clone() };
-        let none = Tensor::zeros((0, self.config.hidden_size), DType::F32, &self.machine.device())?;
+        let none = self.machine.rows(&[], self.config.hidden_size)?;
         let rows: Vec<_> = tokens.iter().map(|id| RowSource::Token(*id)).collect();
         let positions: Vec<u32> = (0..tokens.len() as u32).collect();
         Ok(match self.machine.gpu() {

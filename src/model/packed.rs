@@ -65,13 +65,13 @@ impl PackedPass {
         activations: Activations,
     ) -> Result<Self> {
         // Both stay f32: weights of adapters are not rounded to the base's type, nor are their gradients.
-        let device = model.decoder.machine().device();
-        let stored = stored.map(|s| s.detach().to_device(&device)).transpose()?;
+        let machine = model.decoder.machine();
+        let stored = stored.map(|s| machine.to_device(&s.detach())).transpose()?;
         Ok(PackedPass {
             rows: model.decoder.packed(batch, stored.as_ref().map_or(0, |s| s.dims()[0]))?,
             wanted: batch.wanted.clone(),
             activations,
-            soft: Var::from_tensor(&soft.detach().to_device(&device)?)?,
+            soft: Var::from_tensor(&machine.to_device(&soft.detach())?)?,
             stored,
             embedded: None,
             done: 0,

@@ -39,7 +39,17 @@ impl Machine {
 
     /// `[rows, columns]` of host values, where the ops want them. f32: kernels take inputs of users as they are.
     pub fn rows(&self, values: &[f32], columns: usize) -> Result<Tensor> {
-        Tensor::from_slice(values, (values.len() / columns.max(1), columns), &self.device())
+        let host = Tensor::from_slice(values, (values.len() / columns.max(1), columns), &Device::Cpu)?;
+        self.to_device(&host)
+    }
+
+    /// Rows `[n, columns]` where the ops want them. A GPU has no tensor without elements: no rows become one of zeros, which nobody
+    /// names.
+    pub fn to_device(&self, rows: &Tensor) -> Result<Tensor> {
+        if self.gpu.is_some() && rows.dim(0)? == 0 {
+            return Tensor::zeros((1, rows.dim(1)?), rows.dtype(), &self.device());
+        }
+        rows.to_device(&self.device())
     }
 
     /// A tensor where the ops want it, as f32 on the processor.

@@ -105,7 +105,8 @@ impl Cuda {
 
     /// Room for a tensor's elements.
     pub fn fresh(&self, dtype: DType, len: usize) -> Result<CudaStorage> {
-        let device = &self.device;
+        // A GPU gives no memory of no bytes.
+        let (device, len) = (&self.device, len.max(1));
         // SAFETY: kernels write every element before anything reads one.
         let slice = unsafe {
             match dtype {
