@@ -14,9 +14,10 @@ struct Silu {
         slope = sigmoid + f * (1.f - sigmoid);
     }
 };
+// Far below 0, 1 + erf and 1 + tanh are differences of two numbers near 1: erfc and the sigmoid have their small values as they are.
 struct Gelu {
     static __device__ __forceinline__ void at(float x, float& f, float& slope) {
-        const float below = 0.5f * (1.f + erff(x * 0.70710678f));
+        const float below = 0.5f * erfcf(x * -0.70710678f);
         f = x * below;
         slope = below + x * 0.39894228f * expf(-0.5f * x * x);
     }
@@ -24,9 +25,9 @@ struct Gelu {
 struct GeluTanh {
     static __device__ __forceinline__ void at(float x, float& f, float& slope) {
         constexpr float A = 0.79788456f, B = 0.044715f;
-        const float t = tanhf(A * (x + B * x * x * x));
-        f = 0.5f * x * (1.f + t);
-        slope = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * A * (1.f + 3.f * B * x * x);
+        const float half = 1.f / (1.f + expf(-2.f * A * (x + B * x * x * x)));  // (1 + tanh) / 2
+        f = x * half;
+        slope = half + 2.f * f * (1.f - half) * A * (1.f + 3.f * B * x * x);
     }
 };
 struct Relu {

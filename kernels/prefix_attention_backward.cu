@@ -281,7 +281,7 @@ __device__ __forceinline__ void backward_keys(const Input<T>& in, const int* __r
     const int begin = item[0], rows = item[1] - begin, part = item[4], head = blockIdx.y;
 #pragma unroll
     for (int which = 0; which < 2; which++) {
-        float* room = partial + ((size_t)(part * in.kv_heads + head) * 2 + which) * Shape::FIXED * in.dim;
+        float* room = part < 0 ? nullptr : partial + ((size_t)(part * in.kv_heads + head) * 2 + which) * Shape::FIXED * in.dim;
         each<T, DIM, true>(sums[which], which ? 1.f : in.scale, rows, in.dim, [&](int row, int column, float value) {
             if (part < 0) out.put(which, begin + row, in.kv_heads, head, in.dim, column, value);
             else room[row * in.dim + column] = value;

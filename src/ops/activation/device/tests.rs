@@ -32,8 +32,9 @@ fn agrees_with_the_cpu() {
                     let (y, dx) = run(&narrow, &narrow_dy, Machine::with_gpu(1, Gpu::emulated(order)));
                     let what = format!("{function:?} [{m}, {width}] {dtype:?} gated {gated}");
                     agree(&what, &y, &want.0, 2.0 * tolerance(dtype), &mut first);
-                    // Far below 0 the slope is a difference of two numbers near 1, on both sides.
-                    agree(&format!("{what}, back"), &dx, &want.1, 5.0 * tolerance(dtype), &mut first_back);
+                    // Far below 0 the CPU's slope is a difference of two numbers near 1, here times 9.
+                    let within = (2.0 * tolerance(dtype)).max(4e-5);
+                    agree(&format!("{what}, back"), &dx, &want.1, within, &mut first_back);
                 }
             }
         }
