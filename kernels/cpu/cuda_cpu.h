@@ -1,4 +1,5 @@
-// Runs CUDA C++ kernels on the CPU, for tests: one fiber a thread, one block at a time, one OS thread.
+// Runs CUDA C++ kernels on the CPU, for tests: one fiber a thread, one block at a time. A launch runs on the OS thread that
+// asks for it; launches of several OS threads run side by side.
 //
 // What it shows: wrong indices, missing barriers (results that depend on the order in which threads run), divergent warp
 // calls, deadlocks, reads of shared memory that nobody wrote (it starts as NaN), and, under -fsanitize, reads and writes out
@@ -25,7 +26,7 @@ using std::min;
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local
 #define __constant__ static const
 #define __align__(n) alignas(n)
 #define __restrict__
@@ -69,7 +70,8 @@ struct Fiber {
 
 struct Scheduler {
     void* main;
-    std::vector<Fiber> fibers;
+    std::vector<Fiber> fibers;  // those of the largest block so far; a block has the first `threads`
+    unsigned threads = 0;
     Fiber* current = nullptr;
     const std::function<void()>* body = nullptr;
     dim3 block, block_dim, grid_dim;
@@ -77,10 +79,9 @@ struct Scheduler {
     std::string error;
     int vote = 0, vote_result = 0;
 };
-inline Scheduler& sched() {
-    static Scheduler s;
-    return s;
-}
+// Of this OS thread, which a fiber never leaves. A plain pointer, as it is read at every threadIdx.
+inline thread_local Scheduler* scheduler = nullptr;
+inline Scheduler& sched() { return *scheduler; }
 constexpr size_t STACK = 64 << 10;
 
 [[noreturn]] inline void die(const std::string& message) {
@@ -100,7 +101,7 @@ inline void entry() {
 inline Fiber* lane(unsigned l) {
     auto& s = sched();
     const unsigned i = (s.current->linear & ~31u) + l;
-    return i < s.fibers.size() ? &s.fibers[i] : nullptr;
+    return i < s.threads ? &s.fibers[i] : nullptr;
 }
 inline void warp_sync(unsigned mask) {
     auto* c = sched().current;
@@ -132,7 +133,8 @@ template <typename T> T exchange(unsigned mask, T v, int source) {
 
 // order: 0 forward, 1 backward, else the seed of a random order in each round. Results must not depend on it.
 inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const std::function<void()>& body) {
-    auto& s = sched();
+    static thread_local Scheduler s;
+    scheduler = &s;
     s.body = &body;
     s.block_dim = block;
     s.grid_dim = grid;
@@ -140,10 +142,9 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
     s.vote = 0;
     const unsigned n = block.x * block.y * block.z;
     if (n == 0 || n > 1024 || shared > sizeof s.dynamic) throw std::runtime_error("no threads, too many, or too much shared memory");
-    if (s.fibers.size() != n) {
-        s.fibers = std::vector<Fiber>(n);
-        for (auto& f : s.fibers) f.stack.reset(new char[STACK]);
-    }
+    s.threads = n;
+    while (s.fibers.size() < n) s.fibers.emplace_back().stack.reset(new char[STACK]);
+    const auto end = s.fibers.begin() + n;
     std::vector<unsigned> sequence(n);
     uint64_t random = order * 0x9E3779B97F4A7C15ull + 1;
     for (unsigned b = 0; b < grid.x * grid.y * grid.z; b++) {
@@ -178,15 +179,15 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
             }
             unsigned waiting = 0;
             done = 0;
-            for (auto& f : s.fibers) {
-                waiting += f.state == AT_BLOCK_BARRIER;
-                done += f.state == DONE;
+            for (auto f = s.fibers.begin(); f != end; ++f) {
+                waiting += f->state == AT_BLOCK_BARRIER;
+                done += f->state == DONE;
             }
             if (waiting && waiting + done == n) {
                 s.vote_result = s.vote;
                 s.vote = 0;
-                for (auto& f : s.fibers)
-                    if (f.state == AT_BLOCK_BARRIER) f.state = READY;
+                for (auto f = s.fibers.begin(); f != end; ++f)
+                    if (f->state == AT_BLOCK_BARRIER) f->state = READY;
             } else if (!ran && done < n) {
                 throw std::runtime_error("deadlock: " + std::to_string(waiting) + " threads at __syncthreads, " + std::to_string(n - waiting - done) +
                                          " in a warp function, " + std::to_string(done) + " ended, block " + std::to_string(b));

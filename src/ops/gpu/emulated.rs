@@ -98,7 +98,7 @@ pub fn pointer_mut(storage: &mut CpuStorage) -> u64 {
 /// Memory that kernels write while others hold it, as on a device.
 pub struct Allocation(Box<[UnsafeCell<u128>]>);
 
-// SAFETY: as on a device, whoever launches says what is written; the emulation runs one kernel at a time.
+// SAFETY: as on a device, whoever launches says what is written, and those that share memory launch in turn.
 unsafe impl Send for Allocation {}
 // SAFETY: as above.
 unsafe impl Sync for Allocation {}
