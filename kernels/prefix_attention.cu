@@ -32,7 +32,8 @@
 // f32: the same splits without tensor cores, slow, for checking.
 //
 // Shared memory (bytes): 32 R D for Q; 2048 C for quarters on their way (C = min(16, R D / 8) fragments a pass); 64 R D for what is
-// merged; 1600 R of row state. R D = 256: 61.2 KiB at R = 4, 58 KiB at R = 2; 64 x 1: 23.6 KiB; 128 x 1: 45.6 KiB.
+// merged; 1600 R of row state. R D = 256: 62.3 KiB at R = 4, 59.1 KiB at R = 2, 57.6 KiB at
+// R = 1; 64 x 1: 23.6 KiB; 128 x 1: 45.6 KiB.
 //
 // spills: the attention kernels none; combine 8 bytes on sm_90a, where ptxas keeps to 32 registers for occupancy. It is bound by memory.
 //
@@ -79,7 +80,8 @@ struct Args {
 
     __device__ __forceinline__ float score(float product) const {
         const float s = product * scale;
-        return (cap > 0.f ? cap * tanhf(s / cap) : s) * LOG2E;
+        // Rounded here: fused with what it is subtracted from, a score's bits would depend on the code around it.
+        return __fmul_rn(cap > 0.f ? cap * tanhf(s / cap) : s, LOG2E);
     }
 };
 
@@ -215,7 +217,7 @@ template <typename T, int D, int R> struct Tiles {
                 for (int step = 0; step < STEPS; step++)
 #pragma unroll
                     for (int r = 0; r < R; r++) {
-                        if (r >= tiles) continue;
+                        if (R > 1 && r >= tiles) continue;
                         const uint4* p = q + (r * STEPS + step) * 64 + lane;
                         const uint4 x0 = p[0], x1 = p[32];
                         const unsigned a0[4] = {x0.x, x0.y, x0.z, x0.w}, a1[4] = {x1.x, x1.y, x1.z, x1.w};
@@ -231,7 +233,7 @@ template <typename T, int D, int R> struct Tiles {
             unsigned p[R][4];
 #pragma unroll
             for (int r = 0; r < R; r++)
-                if (r < tiles) softmax(x, r, s[r], p[r], span.part, slot, masked);
+                if (R == 1 || r < tiles) softmax(x, r, s[r], p[r], span.part, slot, masked);
             const int key[4] = {2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9};
             bool there[4];
 #pragma unroll
@@ -313,7 +315,7 @@ template <typename T, int D, int R> struct Tiles {
         const unsigned low[2] = {low_halves(v0, v1), low_halves(v2, v3)}, high[2] = {high_halves(v0, v1), high_halves(v2, v3)};
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            if (r >= tiles) continue;
+            if (R > 1 && r >= tiles) continue;
             mma_m16n8k16<T>(x.o[r][j], p[r], low);
             mma_m16n8k16<T>(x.o[r][j + 1], p[r], high);
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Assembles a CUDA 13.0 toolkit from PyPI wheels: no root, no GPU, no driver. usage: scripts/cuda-toolkit.sh DEST
 #
-# Then: export CUDA_HOME=DEST CUDA_PATH=DEST PATH="DEST/bin:$PATH" CUDA_COMPUTE_CAP=90 CUDARC_CUDA_VERSION=13000
+# Then: export CUDA_HOME=DEST CUDA_PATH=DEST PATH="DEST/bin:$PATH" CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13000
 #       cargo build --release --features cuda
 # The executable starts where no driver is: libcuda and the like are opened at the first call (scripts/cuda/lazy_libraries.py).
 set -euo pipefail

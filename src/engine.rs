@@ -47,6 +47,8 @@ pub struct Guest {
     pub work: Box<dyn Background>,
     /// Of the thread's time while requests run, 0 to 1. It takes everything when there are none.
     pub share: f64,
+    /// Bytes of a GPU that it may take, which the KV pool leaves free.
+    pub device_bytes: usize,
 }
 
 /// The running engine: keep it to stop it.
@@ -137,6 +139,16 @@ impl EngineHandle {
     /// Figures as of the last step.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
+    }
+
+    /// Waits for the engine to end, also by itself: its GPU was lost, or its thread panicked.
+    pub async fn ended(&self) {
+        self.commands.closed().await;
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.commands.is_closed()
     }
 
     /// Tokens in the longest sequence, prefix included.

@@ -20,6 +20,7 @@ use crate::ops::embed::RowSource;
 use crate::ops::gpu::Gpu;
 use crate::ops::linear::Linear;
 use crate::ops::memory;
+use crate::ops::sample::device::MOST_TOKENS;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use batch::{Batch, Rows};
@@ -125,7 +126,13 @@ impl Model {
         };
         let mut checkpoint = Checkpoint::open(&files.weights, dtype, options.quantize, &config)?;
         let machine = machine(options)?;
+        if machine.gpu().is_some() {
+            checkpoint.make_uniform();
+        }
         let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &machine)?;
+        if machine.gpu().is_some() {
+            fits_kernels(&config, decoder.activation_dtype())?;
+        }
         let heads = if machine.gpu().is_some() { Machine::new(options.threads) } else { machine.clone() };
         let head = classifier(&mut checkpoint, &config, &heads)?;
         let info = ModelInfo {
@@ -200,6 +207,14 @@ impl Model {
     /// The GPU that it lies on.
     pub fn gpu(&self) -> Option<&Gpu> {
         self.decoder.machine().gpu()
+    }
+
+    /// Waits until a GPU has done what it was given.
+    ///
+    /// # Errors
+    /// When it is lost: everything that follows will fail too.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.decoder.machine().synchronize()?)
     }
 
     /// Bytes of the GPU that the model lies on: free, all, and what the activations of a step of `rows` rows take at most.
@@ -284,6 +299,23 @@ impl Model {
     }
 }
 
+/// What the kernels cannot do is said before the first request.
+fn fits_kernels(config: &ModelConfig, dtype: DType) -> Result<()> {
+    let (head_dim, vocab) = (config.head_dim, config.vocab_size);
+    if dtype != DType::F32 && !head_dim.is_multiple_of(8) {
+        return Err(Error::precondition(format!(
+            "heads of {head_dim} in {}: the GPU's kernels take multiples of 8; use `--dtype f32` or `--device cpu`",
+            dtype.as_str()
+        )));
+    }
+    if vocab > MOST_TOKENS {
+        return Err(Error::precondition(format!(
+            "a vocabulary of {vocab}: the GPU's kernels choose among {MOST_TOKENS}; use `--device cpu`"
+        )));
+    }
+    Ok(())
+}
+
 /// What `options` ask to run on.
 fn machine(options: LoadOptions) -> Result<Arc<Machine>> {
     let on = |gpu: Gpu| {
@@ -341,4 +373,22 @@ fn labels(config: &ModelConfig, count: usize) -> Vec<String> {
         return config.labels.clone();
     }
     (0..count).map(|i| format!("LABEL_{i}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_kernels_cannot_do_is_said_at_load() {
+        let mut config = ModelConfig::parse(&std::fs::read("models/demo/config.json").unwrap()).unwrap();
+        config.head_dim = 100;
+        fits_kernels(&config, DType::F32).unwrap();
+        let e = fits_kernels(&config, DType::BF16).unwrap_err().to_string();
+        assert!(e.contains("heads of 100 in bf16") && e.contains("--dtype f32"), "{e}");
+        config.vocab_size = MOST_TOKENS + 1;
+        let e = fits_kernels(&config, DType::F32).unwrap_err().to_string();
+        assert!(e.contains("524289") && e.contains("524288"), "{e}");
+    }
 }

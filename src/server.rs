@@ -178,10 +178,10 @@ impl Server {
     }
 
     /// Serves on `listener` until `shutdown` is ready, then drains: no new work, health NOT_SERVING, and running
-    /// requests have `drain_seconds` to finish.
+    /// requests have `drain_seconds` to finish. The same when the engine ends by itself, which is an error.
     ///
     /// # Errors
-    /// `Internal` when the listener fails.
+    /// `Internal` when the listener fails or the engine has ended.
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
         let Server { config, services, loader, drain, engine, _shipped, .. } = self;
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -202,15 +202,24 @@ impl Server {
         let _gauges = gauges::start(engine.handle(), Arc::clone(loader.registry()));
 
         let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+        let running = engine.handle();
+        let stop = async {
+            tokio::select! {
+                () = shutdown => {}
+                () = running.ended() => tracing::error!("the engine has ended: no request can be served"),
+            }
+        };
         let drained = drained::Drained { drain, health, grace: Duration::from_secs(config.drain_seconds) };
-        let served = drained.serve(http2(), routes, incoming, shutdown).await;
+        let served = drained.serve(http2(), routes, incoming, stop).await;
+        let lost = running.has_ended();
         // Joins a thread: not for the runtime's own.
         blocking(move || {
             drop(engine);
             Ok(())
         })
         .await?;
-        served
+        served?;
+        if lost { Err(Error::internal("the engine ended by itself: the log says why")) } else { Ok(()) }
     }
 }
 

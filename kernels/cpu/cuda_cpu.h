@@ -68,6 +68,9 @@ struct Fiber {
     alignas(16) unsigned char slot[32];  // what the other lanes of its warp read
 };
 
+// What a block can have on sm_86, the least of those we compile for.
+constexpr size_t MOST_SHARED = 99 << 10;
+
 struct Scheduler {
     void* main;
     std::vector<Fiber> fibers;  // those of the largest block so far; a block has the first `threads`
@@ -75,7 +78,7 @@ struct Scheduler {
     Fiber* current = nullptr;
     const std::function<void()>* body = nullptr;
     dim3 block, block_dim, grid_dim;
-    alignas(128) unsigned char dynamic[232448];  // as much as a block can have on sm_90
+    alignas(128) unsigned char dynamic[MOST_SHARED + 4096];
     std::string error;
     int vote = 0, vote_result = 0;
 };
@@ -141,7 +144,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
     s.error.clear();
     s.vote = 0;
     const unsigned n = block.x * block.y * block.z;
-    if (n == 0 || n > 1024 || shared > sizeof s.dynamic) throw std::runtime_error("no threads, too many, or too much shared memory");
+    if (n == 0 || n > 1024 || shared > MOST_SHARED) throw std::runtime_error("no threads, too many, or too much shared memory");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) throw std::runtime_error("no blocks, or too many");
     s.threads = n;
     while (s.fibers.size() < n) s.fibers.emplace_back().stack.reset(new char[STACK]);
     const auto end = s.fibers.begin() + n;
@@ -149,7 +153,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
     uint64_t random = order * 0x9E3779B97F4A7C15ull + 1;
     for (unsigned b = 0; b < grid.x * grid.y * grid.z; b++) {
         s.block = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-        memset(s.dynamic, 0xFF, shared + 4096 < sizeof s.dynamic ? shared + 4096 : sizeof s.dynamic);
+        memset(s.dynamic, 0xFF, shared + 4096);
         for (unsigned i = 0; i < n; i++) {
             auto& f = s.fibers[i];
             void** p = (void**)((uintptr_t)(f.stack.get() + STACK) & ~15ull);

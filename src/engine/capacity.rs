@@ -17,7 +17,7 @@ pub struct GpuMemory {
     pub free: usize,
     /// Bytes that there are.
     pub total: usize,
-    /// Bytes that the activations of a step take.
+    /// Bytes that the activations of a step take, and those of training.
     pub activations: usize,
 }
 

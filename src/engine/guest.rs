@@ -1,5 +1,6 @@
 //! When the engine's guest may run: always when nobody waits, a share of the time otherwise.
 use super::Guest;
+use crate::error::Result;
 use crate::model::Model;
 use std::time::{Duration, Instant};
 
@@ -37,18 +38,24 @@ impl Hosting {
         self.credit = (self.credit + time.as_secs_f64() * share / (1.0 - share)).min(MOST_CREDIT.as_secs_f64());
     }
 
-    /// Runs slices: one if nobody waits, else what the account allows.
-    pub fn run(&mut self, model: &Model, busy: bool) {
-        let Some(guest) = &mut self.guest else { return };
+    /// Runs slices: one if nobody waits, else what the account allows. A GPU has done each before its time is taken: what is
+    /// only queued would be on serving's account, and before a request that comes meanwhile.
+    ///
+    /// # Errors
+    /// When the GPU is lost.
+    pub fn run(&mut self, model: &Model, busy: bool) -> Result<()> {
+        let Some(guest) = self.guest.as_mut().filter(|_| !self.asleep) else { return Ok(()) };
         if !busy {
             self.asleep = !guest.work.slice(model);
             self.credit = 0.0;
-            return;
+            return model.synchronize();
         }
         while !self.asleep && self.credit > 0.0 {
             let began = Instant::now();
             self.asleep = !guest.work.slice(model);
+            model.synchronize()?;
             self.credit -= began.elapsed().as_secs_f64();
         }
+        Ok(())
     }
 }

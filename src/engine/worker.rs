@@ -138,7 +138,8 @@ impl Worker {
     ) -> Result<Self> {
         let info = model.info();
         let gpu = model.gpu_memory(config.max_batch_tokens)?;
-        let gpu = gpu.map(|(free, total, activations)| capacity::GpuMemory { free, total, activations });
+        let guest_bytes = guest.as_ref().map_or(0, |guest| guest.device_bytes);
+        let gpu = gpu.map(|(free, total, step)| capacity::GpuMemory { free, total, activations: step + guest_bytes });
         let pages = capacity::pages(config, model.page_bytes(), gpu)?;
         let (max_model_len, vocab_size, hidden_size) = (info.max_model_len, info.vocab_size, info.hidden_size);
         let encoder = info.encoder;
@@ -185,25 +186,37 @@ impl Worker {
         self.shared.clone()
     }
 
-    /// Runs until it is stopped or every handle is gone.
+    /// Runs until it is stopped, every handle is gone, or the GPU is lost.
     pub fn run(mut self) {
         self.publish();
+        if let Err(error) = self.run_steps() {
+            tracing::error!(%error, "the GPU is lost: the engine ends");
+        }
+        let stopped = || Error::unavailable("the server is stopping");
+        self.sequences.drain().for_each(|(_, s)| s.fail(stopped()));
+        self.waiting.drain().flat_map(|(_, w)| w).for_each(|done| drop(done.send(Err(stopped()))));
+    }
+
+    /// Steps of serving, and slices of the guest's work between them.
+    ///
+    /// # Errors
+    /// When the GPU is lost.
+    fn run_steps(&mut self) -> Result<()> {
         while self.listen() {
             self.reap();
             let step = self.scheduler.schedule();
             self.announce(&step);
             let began = Instant::now();
-            if !step.is_empty() {
-                self.step(&step);
+            if !step.is_empty() && !self.step(&step) {
+                // Out of memory is this step's alone; after a fault every call fails, and so would every request.
+                self.runner.model().synchronize()?;
             }
             self.answer_waiting();
             self.publish();
             self.hosting.served(began.elapsed());
-            self.hosting.run(self.runner.model(), self.scheduler.has_work());
+            self.hosting.run(self.runner.model(), self.scheduler.has_work())?;
         }
-        let stopped = || Error::unavailable("the server is stopping");
-        self.sequences.drain().for_each(|(_, s)| s.fail(stopped()));
-        self.waiting.drain().flat_map(|(_, w)| w).for_each(|done| drop(done.send(Err(stopped()))));
+        Ok(())
     }
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.
@@ -292,7 +305,8 @@ impl Worker {
         }
     }
 
-    fn step(&mut self, step: &Step) {
+    /// False: it failed, and so did its sequences.
+    fn step(&mut self, step: &Step) -> bool {
         self.steps += 1;
         let eos = self.runner.model().eos_token_ids().to_vec();
         let mut sampled = Vec::new();
@@ -316,7 +330,8 @@ impl Worker {
         });
         let done = catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked")));
         if let Err(e) = done {
-            return self.fail_step(step, &e);
+            self.fail_step(step, &e);
+            return false;
         }
         self.scheduler.complete(step);
         for chunk in &step.sequences {
@@ -333,6 +348,7 @@ impl Worker {
                 Err(e) => self.fail(id, e),
             }
         }
+        true
     }
 
     /// The model failed: the step's sequences end, and so do those that wait for its prefixes.

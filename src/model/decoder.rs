@@ -247,8 +247,10 @@ impl Decoder {
 
     /// The rows `wanted` of the last layer's output, final norm applied.
     pub fn finish(&self, hidden: &Tensor, wanted: &[u32]) -> Result<Tensor> {
-        let rows = Tensor::from_slice(wanted, wanted.len(), &self.machine.device())?;
-        let hidden = hidden.index_select(&rows, 0)?;
+        // In decoding all rows are wanted: no copy of them.
+        let all = wanted.iter().copied().eq(0..hidden.dim(0)? as u32);
+        let rows = || Tensor::from_slice(wanted, wanted.len(), &self.machine.device());
+        let hidden = if all { hidden.clone() } else { hidden.index_select(&rows()?, 0)? };
         Ok(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? })
     }
 

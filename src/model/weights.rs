@@ -46,6 +46,8 @@ enum Types {
     Own,
     /// All of them this.
     All(DType),
+    /// Those with more than one dimension what the first one is, which then is [`Types::Matrices`].
+    First,
     /// Those with more than one dimension this. The vectors of a GGUF are f32 and stay so: beside its blocks they are exact.
     Matrices(DType),
 }
@@ -117,6 +119,14 @@ impl<'a> Checkpoint<'a> {
         }
     }
 
+    /// Matrices take the type of the first one, the embedding table, where nothing else was asked: kernels of a GPU multiply
+    /// values of one type.
+    pub fn make_uniform(&mut self) {
+        if matches!(self.types, Types::Own) {
+            self.types = Types::First;
+        }
+    }
+
     /// Takes `name`, which must have `shape`.
     ///
     /// # Errors
@@ -145,6 +155,9 @@ impl<'a> Checkpoint<'a> {
                 paired.map_or(Ok(tensor.clone()), |heads| apart(&tensor, heads))?
             }
         };
+        if matches!(self.types, Types::First) && shape.len() > 1 {
+            self.types = Types::Matrices(tensor.dtype());
+        }
         self.parameters += tensor.elem_count() as u64;
         self.found.get_or_insert(tensor.dtype());
         Ok(tensor)
@@ -252,4 +265,36 @@ fn apart(tensor: &Tensor, heads: usize) -> Result<Tensor> {
     let half = shape.dims()[0] / heads / 2;
     let pairs = tensor.reshape((heads, half, 2, tensor.elem_count() / (heads * half * 2)))?;
     Ok(pairs.transpose(1, 2)?.contiguous()?.reshape(shape)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::source::Bytes;
+    use crate::ops::mapped::Mapped;
+
+    /// A table of bf16 and what else is there in f32: as it is, and as kernels of one type want it.
+    #[test]
+    fn matrices_take_the_type_of_the_table() {
+        let config = std::fs::read("models/demo/config.json").unwrap();
+        let config = ModelConfig::parse(&config).unwrap();
+        let of = |dtype| Tensor::ones((2, 2), dtype, &Device::Cpu).unwrap();
+        let norm = Tensor::ones(2, DType::F32, &Device::Cpu).unwrap();
+        let tensors = [("table", of(DType::BF16)), ("norm", norm), ("head", of(DType::F32))];
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        candle_core::safetensors::save(&std::collections::HashMap::from(tensors), &path).unwrap();
+        let bytes = Bytes::Mapped(Mapped::open(&path).unwrap());
+        let files = [WeightFile { name: "x.safetensors".into(), bytes }];
+        for uniform in [false, true] {
+            let mut checkpoint = Checkpoint::open(&files, None, Quantize::None, &config).unwrap();
+            if uniform {
+                checkpoint.make_uniform();
+            }
+            let mut types = |name, shape: &[usize]| checkpoint.take(name, shape).unwrap().dtype();
+            let found = [types("table", &[2, 2]), types("norm", &[2]), types("head", &[2, 2])];
+            assert_eq!(found, [DType::BF16, DType::F32, if uniform { DType::BF16 } else { DType::F32 }]);
+        }
+    }
 }

@@ -57,6 +57,11 @@ impl Machine {
         tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)
     }
 
+    /// Waits for a GPU to have done what it was given; an error says that it is lost.
+    pub fn synchronize(&self) -> Result<()> {
+        if self.gpu.is_some() { self.device().synchronize() } else { Ok(()) }
+    }
+
     pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,10 +2,20 @@
 //!
 //! candle's `backward` starts from a scalar with gradient 1. y -> 0 with the gradient g for y is such a scalar, and costs
 //! neither the product y g nor its sum.
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 struct Seed(Tensor);
+
+impl Seed {
+    fn check(&self, output: &Layout) -> Result<()> {
+        if output.shape() != self.0.shape() {
+            bail!("seed: a gradient of {:?} for {:?}", self.0.shape(), output.shape());
+        }
+        Ok(())
+    }
+}
 
 /// Gradients of everything below `output`, whose own is `gradient`, of the same shape.
 pub fn backward_from(output: &Tensor, gradient: &Tensor) -> Result<GradStore> {
@@ -18,10 +28,13 @@ impl CustomOp1 for Seed {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        if layout.shape() != self.0.shape() {
-            bail!("seed: a gradient of {:?} for {:?}", self.0.shape(), layout.shape());
-        }
+        self.check(layout)?;
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn cuda_fwd(&self, output: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.check(layout)?;
+        Ok((output.device().zeros_impl(&Shape::from(()), DType::F32)?, Shape::from(())))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {

@@ -32,6 +32,8 @@ pub(super) fn bench(model: &Model, config: &TrainingConfig) -> (Bench, Guest) {
         activation_bytes: config.activation_mib << 20,
         checkpoint_every: Duration::from_secs(config.checkpoint_seconds),
     };
+    // What is kept, a layer of the largest batch, and the inputs of all layers, which are no more than that.
+    let device_bytes = bounds.activation_bytes + 2 * (config.batch_mib << 20);
     let trainer = Trainer::new(inbox, events.0.clone(), bounds);
     let base = Base {
         shape: model.shape(),
@@ -41,7 +43,7 @@ pub(super) fn bench(model: &Model, config: &TrainingConfig) -> (Bench, Guest) {
         eos: model.eos_token_ids().first().copied(),
         row_bytes: model.activation_bytes_per_row(),
     };
-    (Bench { base, orders, events }, Guest { work: Box::new(trainer), share: config.share })
+    (Bench { base, orders, events }, Guest { work: Box::new(trainer), share: config.share, device_bytes })
 }
 
 /// The service. Its folder is a hidden one of the adapter store, unless the settings name another: jobs live as long as the

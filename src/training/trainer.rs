@@ -151,10 +151,13 @@ impl Trainer {
         if !std::mem::replace(&mut self.holding, true) {
             memory::hold();
         }
-        let keep = match longest {
-            _ if recompute => 0,
-            Recompute::Auto => self.bounds.activation_bytes / (rows * model.activation_bytes_per_row()).max(1),
-            _ => usize::MAX,
+        let keep = if recompute {
+            0
+        } else if longest == Recompute::Auto || model.gpu().is_some() {
+            // A GPU's memory is shared out: more than training's share would fail the requests of others.
+            self.bounds.activation_bytes / (rows * model.activation_bytes_per_row()).max(1)
+        } else {
+            usize::MAX
         };
         self.last.clone_from(&jobs);
         let step = guarded(|| Step::new(model, &work, Activations::Keep(keep)));
@@ -168,7 +171,8 @@ impl Trainer {
             return Ok(self.batch.is_some());
         };
         let began = Instant::now();
-        let more = guarded(|| batch.step.advance(model))?;
+        // A GPU has done it when its time is taken.
+        let more = guarded(|| batch.step.advance(model).and_then(|more| model.synchronize().map(|()| more)))?;
         batch.spent += began.elapsed();
         if more {
             return Ok(true);

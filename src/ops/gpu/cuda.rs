@@ -20,16 +20,32 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 pub struct Cuda {
     device: CudaDevice,
     modules: Vec<Arc<CudaModule>>,
-    functions: Mutex<HashMap<String, CudaFunction>>,
+    functions: Mutex<HashMap<String, Function>>,
     multiprocessors: usize,
+    /// Bytes of shared memory that a block can ask for.
+    shared: usize,
 }
+
+/// A kernel's handle.
+#[derive(Clone)]
+struct Function {
+    handle: CudaFunction,
+    /// Bytes of dynamic shared memory that it may be launched with.
+    shared: u32,
+}
+
+/// Of dynamic shared memory, without asking for more.
+const DEFAULT_SHARED: usize = 48 << 10;
 
 impl Cuda {
     /// # Errors
     /// If there is no driver or no such device, or if the kernels are for others.
     pub fn new(index: usize) -> Result<Self> {
         // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
-        let device = CudaDevice::new_with_stream(index)?;
+        let device = CudaDevice::new_with_stream(index).map_err(|e| {
+            let needs = "needs the NVIDIA driver (libcuda.so.1), libcublas.so.13 and libcurand.so.10, found by the loader (LD_LIBRARY_PATH)";
+            candle_core::Error::Msg(format!("{e}; a build for CUDA {needs}"))
+        })?;
         // SAFETY: there is one stream, so nothing needs an event to wait for.
         unsafe { device.disable_event_tracking() };
         let stream = device.cuda_stream();
@@ -42,8 +58,11 @@ impl Cuda {
         let modules = modules.collect::<Result<Vec<_>>>()?;
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).w()? as usize;
+        let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared = context.attribute(most).w()? as usize;
         keep_freed_memory(context.cu_device())?;
-        Ok(Cuda { device, modules, functions: Mutex::default(), multiprocessors })
+        sum_in_f32(&device)?;
+        Ok(Cuda { device, modules, functions: Mutex::default(), multiprocessors, shared })
     }
 
     pub fn device(&self) -> Device {
@@ -81,26 +100,39 @@ impl Cuda {
         }
     }
 
-    /// The handle of a kernel, found once.
+    /// The handle of a kernel, found once, for launches with `shared` bytes.
     fn function(&self, name: &str, shared: u32) -> Result<CudaFunction> {
         let mut known = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = known.get(name) {
-            return Ok(function.clone());
-        }
-        let Some(function) = self.modules.iter().find_map(|module| module.load_function(name).ok()) else {
-            bail!("there is no kernel {name}");
+        let mut function = match known.get(name) {
+            Some(function) if shared <= function.shared => return Ok(function.handle.clone()),
+            Some(function) => function.clone(),
+            None => self.find(name)?,
         };
-        if shared > 48 << 10 {
-            // More than the default has to be asked for, once. All that the device has: later calls may need more.
-            let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-            let most = self.device.cuda_stream().context().attribute(limit).w()?;
+        if shared > function.shared {
+            // More than the default has to be asked for. All that the device has: later calls may need more.
+            let own = function.handle.shared_size_bytes().w()?.max(0) as usize;
+            let most = self.shared.saturating_sub(own);
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(attribute, most).w()?;
-            known.insert(name.to_owned(), function.clone());
-        } else if shared == 0 {
-            known.insert(name.to_owned(), function.clone());
+            function.handle.set_attribute(attribute, most as i32).w()?;
+            function.shared = most as u32;
         }
-        Ok(function)
+        known.insert(name.to_owned(), function.clone());
+        Ok(function.handle)
+    }
+
+    fn find(&self, name: &str) -> Result<Function> {
+        for module in &self.modules {
+            match module.load_function(name) {
+                Ok(handle) => {
+                    let own = handle.shared_size_bytes().w()?.max(0) as usize;
+                    return Ok(Function { handle, shared: DEFAULT_SHARED.saturating_sub(own) as u32 });
+                }
+                // It is another file's.
+                Err(driver::DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => {}
+                Err(e) => bail!("{name}: {e}"),
+            }
+        }
+        bail!("there is no kernel {name}")
     }
 
     /// Room for a tensor's elements.
@@ -174,6 +206,14 @@ impl Cuda {
             Err(e) => bail!("cuBLAS, {} x {} x {}: {e}", g.m, g.n, g.k),
         }
     }
+}
+
+/// cuBLAS may else add parts of a product in its own type, bf16 or f16.
+fn sum_in_f32(device: &CudaDevice) -> Result<()> {
+    let mode = cublas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: a live handle.
+    let status = unsafe { cublas_sys::cublasSetMathMode(*device.cublas_handle().handle(), mode) };
+    status.result().map_err(|e| candle_core::Error::Msg(format!("cuBLAS: {e}")))
 }
 
 /// Freed memory stays with the process: each step frees what the next one allocates.

@@ -64,8 +64,13 @@ impl KernelOp for Product {
         }
         if let Some(residual) = residual {
             let (rows, width) = residual.dims2()?;
-            if (rows, width, residual.dtype()) != (m, n, self.out) {
-                bail!("linear: the residual is [{rows}, {width}] of {:?}, m {m}, n {n}", residual.dtype());
+            // Kernels read it in the type of the weight.
+            if (rows, width, residual.dtype(), self.out) != (m, n, w.dtype, w.dtype) {
+                let (given, want) = (residual.dtype(), w.dtype);
+                bail!(
+                    "linear: the residual is [{rows}, {width}] of {given:?} for {:?}; m {m}, n {n}, {want:?}",
+                    self.out
+                );
             }
         }
         let mut y = gpu.fresh(self.out, m * n)?;
@@ -83,7 +88,7 @@ impl KernelOp for Product {
                 Some(residual) => call.view(residual),
                 None => call.pointer(0),
             };
-            let grid = Grid { blocks: [n.div_ceil(256) as u32, m as u32, 1], threads: 256, shared: 0 };
+            let grid = Grid { blocks: [m as u32, n.div_ceil(256) as u32, 1], threads: 256, shared: 0 };
             // SAFETY: the kernel's arguments.
             unsafe { call.optional(bias).fresh(&mut y).int(n).launch(grid)? };
         }

@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 
 /// The widest vocabulary whose weights sum to less than 2^64.
-const MOST_TOKENS: usize = 1 << 19;
+pub const MOST_TOKENS: usize = 1 << 19;
 /// The most tokens that one row's log-probabilities can list.
 pub const MOST_TOP: usize = 20;
 /// In a change's count: the token is not to be chosen. In a `from`: the token is given.
