@@ -71,8 +71,16 @@ pub fn for_cpu() -> Result<(), Box<dyn Error>> {
     // Without contraction a product and a sum round as they stand, on every machine.
     build.flag("-ffp-contract=off");
     if let Ok(checks) = env::var("PREFIXD_SANITIZE") {
-        build.flag(format!("-fsanitize={checks}")).flag("-fno-omit-frame-pointer").opt_level(1);
-        println!("cargo:rustc-link-arg=-fsanitize={checks}");
+        build
+            .flag(format!("-fsanitize={checks}"))
+            .flag("-fno-sanitize-recover=all")
+            .flag("-fno-omit-frame-pointer")
+            .opt_level(1);
+        // By name, which reaches tests of the library too.
+        let runtimes = [("address", "asan"), ("undefined", "ubsan")];
+        for (_, library) in runtimes.iter().filter(|(check, _)| checks.split(',').any(|c| c == *check)) {
+            println!("cargo:rustc-link-lib=dylib={library}");
+        }
     }
     build.files(sources()?).file("kernels/cpu/emulate.cpp");
     // The kernels register themselves; no symbol of theirs is asked for.
