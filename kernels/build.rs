@@ -59,10 +59,17 @@ pub fn for_cuda(out: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// A library of the kernels as C++. `PREFIXD_SANITIZE=address,undefined` has each access checked.
+/// A library of the kernels as C++. `PREFIXD_SANITIZE=address,undefined` has each access checked; `PREFIXD_KERNELS_DIR` is where
+/// a shared one is that somebody has built (`scripts/kernels-mutate.py`).
 #[cfg(feature = "emulate")]
 pub fn for_cpu() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-env-changed=PREFIXD_SANITIZE");
+    println!("cargo:rerun-if-env-changed=PREFIXD_KERNELS_DIR");
+    if let Ok(dir) = env::var("PREFIXD_KERNELS_DIR") {
+        println!("cargo:rustc-link-search=native={dir}");
+        println!("cargo:rustc-link-lib=dylib=prefixd_kernels");
+        return Ok(());
+    }
     let mut build = cc::Build::new();
     build.cpp(true).std("c++20").opt_level(2).define("KERNELS_ON_CPU", None).include("kernels").include("kernels/cpu");
     build.flag("-Wno-unused").flag("-Wno-unknown-pragmas").flag("-xc++");

@@ -3,7 +3,7 @@
 # Prints registers, shared memory and spills of each; a spill fails, unless the kernel's file says why ("spills:" in its header).
 # usage: scripts/kernels-check.sh CUDA_HOME
 set -euo pipefail
-nvcc=${1:?usage: scripts/kernels-check.sh CUDA_HOME}/bin/nvcc
+nvcc=$(realpath "${1:?usage: scripts/kernels-check.sh CUDA_HOME}/bin/nvcc")
 cd "$(dirname "$0")/../kernels"
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""prefixd's serving beside transformers + PEFT and beside llama.cpp, on one model, on the CPU, in one run.
+"""prefixd's serving beside transformers + PEFT and beside llama.cpp, on one model, in one run.
 
 usage: serving.py MODEL [--prefixd PATH] [--python PYTHON] [--llama FOLDER --gguf STEM] [--only PART...] [--rounds N] [options]
 
@@ -20,6 +20,7 @@ stay up, idle while another side is measured; the sides take turns in every roun
 JSON line for each measurement and then tables: medians over the rounds, and in brackets the first row's throughput as a multiple of
 the row's. The clients run on the same cores as the servers.
 
+--device cuda:0 has prefixd and PEFT on a GPU; llama.cpp is left out there.
 --quantize int8 adds prefixd with int8 weights, and llama-server with Q8_0 ones.
 
 Needs: grpcio, grpcio-tools, numpy, safetensors, Linux; the executables.
@@ -179,9 +180,9 @@ class Llama:
 class Peft:
     """peft_serving.py as a child that waits for work."""
 
-    def __init__(self, python, model, store, names, dtype, threads):
+    def __init__(self, python, model, store, names, dtype, threads, device):
         script = pathlib.Path(__file__).with_name("peft_serving.py")
-        command = [python, script, model, store, *names, "--dtype", dtype, "--threads", threads]
+        command = [python, script, model, store, *names, "--dtype", dtype, "--threads", threads, "--device", device]
         self.process = subprocess.Popen([str(x) for x in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def answer(self):
@@ -225,7 +226,7 @@ class Bench:
         return store, names
 
     def serve(self, store, *options):
-        return Prefixd(self.a.prefixd, self.a.model, store, "--dtype", self.a.dtype, "--threads", self.a.threads, *options)
+        return Prefixd(self.a.prefixd, self.a.model, store, "--dtype", self.a.dtype, "--threads", self.a.threads, "--device", self.a.device, *options)
 
     def requests(self, names, tokens=None):
         """A prompt that nobody had before for each name."""
@@ -258,7 +259,7 @@ class Bench:
                 server = up.enter_context(self.serve(store, *options))
                 sides[f"prefixd {kind}"] = lambda s=server: self.ours(s, share).figures() | {"rss_mib": rss(s.process)}
             if a.python:
-                peft = up.enter_context(Peft(a.python, a.model, store, names, a.dtype, a.threads))
+                peft = up.enter_context(Peft(a.python, a.model, store, names, a.dtype, a.threads, a.device))
                 sides[f"PEFT {a.dtype}"] = lambda: peft.run(self.requests(share), a.output) | {"rss_mib": rss(peft.process)}
             for kind in ["BF16"] * bool(a.llama) + ["Q8_0"] * bool(a.llama and a.quantize):
                 llama = up.enter_context(Llama(a.llama, f"{a.gguf}-{kind}.gguf", a.requests, a.threads))
@@ -403,7 +404,10 @@ def main():
     p.add_argument("--dtype", choices=("f32", "bf16"), default="bf16"), p.add_argument("--quantize", nargs="*", default=[], choices=("int8",))
     p.add_argument("--requests", type=int, default=32), p.add_argument("--prefix", type=int, default=32, help="virtual tokens")
     p.add_argument("--input", type=int, default=64), p.add_argument("--output", type=int, default=32)
+    p.add_argument("--device", default="cpu", help="cpu or cuda:N")
     a = p.parse_args()
+    if a.llama and a.device != "cpu":
+        p.error("--llama is for the CPU")
     if bool(a.llama) != bool(a.gguf):
         p.error("--llama and --gguf go together")
     with tempfile.TemporaryDirectory() as folder:
