@@ -42,7 +42,7 @@ MUTATIONS = {
         ("eps left out", "sqrtf(variance + eps)", "sqrtf(variance)"),
         ("another row's start", "(size_t)blockIdx.x * width", "(size_t)blockIdx.x * (width - 1)"),
     ]),
-    "rope.cu": ("ops::gpu::tests::rows::rope", [
+    "rope.cu": ("ops::gpu::tests::rows", [
         ("v turns too", "if (head < heads + kv_heads) h.turn", "if (head < all) h.turn"),
         ("`<=` for `<` after the last head", "if (index < rows * heads) f", "if (index <= rows * heads) f"),
         ("heads counted as rows", "f(index / heads, index % heads)", "f(index % heads, index / heads)"),
@@ -118,11 +118,11 @@ MUTATIONS = {
         ("equals after the k-th kept", "block_reduce_u64(sum, Plus()) - spare;", "block_reduce_u64(sum, Plus());"),
         ("min-p above the best", "if (w >= least) likely", "if (w > least) likely"),
         ("top-p rounded down", "ceil((double)c.top_p * (double)total)", "floor((double)c.top_p * (double)total)"),
-        ("the draw one token further", "place(row, first, scratch, weigh, target + 1)", "place(row, first, scratch, weigh, target + 2)"),
+        ("the draw one unit further", "place(row, first, scratch, weigh, target + 1)", "place(row, first, scratch, weigh, target + 2)"),
         ("a row too far", "logits + (size_t)c.row * vocab", "logits + (size_t)(c.row + 1) * vocab"),
         ("the order of the best", "rank += best_few[i] > own", "rank += best_few[i] < own"),
     ]),
-    "norm_backward.cu": ("ops::norm::device", [("eps left out", "+ eps", "+ 0.f * eps")]),
+    "norm_backward.cu": ("ops::norm::device", [("eps left out", "/ width + eps)", "/ width)")]),
     "cross_entropy.cu": ("ops::cross_entropy::device", [("the first barrier dropped", "__syncthreads();", "")]),
     "prefix_attention_backward.cu": ("ops::prefix_attention::packed::device", [("the first barrier dropped", "__syncthreads();", "")]),
 }

@@ -134,7 +134,8 @@ template <typename T> T exchange(unsigned mask, T v, int source) {
     return r;
 }
 
-// order: 0 forward, 1 backward, else the seed of a random order in each round. Results must not depend on it.
+// order: 0 and 1 forward and backward, a warp as far as it can go before the next one starts; else the seed of a random order of all
+// threads in each round. Results must not depend on it.
 inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const std::function<void()>& body) {
     static thread_local Scheduler s;
     scheduler = &s;
@@ -174,12 +175,19 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
                 std::swap(sequence[i], sequence[random % (i + 1)]);
             }
             bool ran = false;
-            for (unsigned i : sequence) {
-                if (s.fibers[i].state != READY) continue;
-                s.current = &s.fibers[i];
-                cuda_cpu_switch(&s.main, s.current->stack_pointer);
-                ran = true;
-                if (!s.error.empty()) throw std::runtime_error(s.error + " (thread " + std::to_string(i) + ", block " + std::to_string(b) + ")");
+            for (unsigned from = 0, turn = order < 2 ? 32 : n; from < n; from += turn) {
+                for (bool again = true; again;) {
+                    again = false;
+                    for (unsigned k = from; k < min(from + turn, n); k++) {
+                        const unsigned i = sequence[k];
+                        if (s.fibers[i].state != READY) continue;
+                        s.current = &s.fibers[i];
+                        cuda_cpu_switch(&s.main, s.current->stack_pointer);
+                        ran = true;
+                        again = order < 2;
+                        if (!s.error.empty()) throw std::runtime_error(s.error + " (thread " + std::to_string(i) + ", block " + std::to_string(b) + ")");
+                    }
+                }
             }
             unsigned waiting = 0;
             done = 0;
