@@ -133,11 +133,15 @@ work = root / "target/mutate"
 work.mkdir(parents=True, exist_ok=True)
 
 
-def objects(source, out, names):
-    """Compiles the files `names` of the folder `source`."""
-    for name in names:
-        to = out / (name + ".o")
-        subprocess.run(["g++", *FLAGS, "-xc++", "-I", source, "-I", source / "cpu", "-c", source / name, "-o", to], check=True, capture_output=True, text=True)
+def compile(source, out, name):
+    """The file `name` of the folder `source`."""
+    to = out / (name + ".o")
+    subprocess.run(["g++", *FLAGS, "-xc++", "-I", source, "-I", source / "cpu", "-c", source / name, "-o", to], check=True, capture_output=True, text=True)
+
+
+def reads(name, header):
+    """Whether a file includes `header`; all kernels have common.cuh by another one or themselves."""
+    return f'"{header}"' in (root / "kernels" / name).read_text() or header == "common.cuh" and name.endswith(".cu")
 
 
 def link(objects, out):
@@ -147,7 +151,7 @@ def link(objects, out):
 names = sorted(f.name for f in (root / "kernels").glob("*.cu")) + ["cpu/emulate.cpp"]
 (work / "cpu").mkdir(exist_ok=True)
 with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
-    list(pool.map(lambda name: objects(root / "kernels", work, [name]), names))
+    list(pool.map(lambda name: compile(root / "kernels", work, name), names))
 link([work / (name + ".o") for name in names], work)
 built = subprocess.run(["cargo", "test", "--locked", "--features", "emulate", "--lib", "--no-run", "--message-format=json"], cwd=root,
                        env={**os.environ, "PREFIXD_KERNELS_DIR": str(work)}, stdout=subprocess.PIPE, text=True, check=True)
@@ -182,10 +186,10 @@ def mutate(file, filter, what, before, after):
         shutil.copytree(root / "kernels", folder / "kernels")
         (folder / "kernels" / file).write_text(source.replace(before, after, 1))
         (folder / "cpu").mkdir()
-        changed = [file] if file.endswith(".cu") else [n for n in names if f'"{file}"' in (root / "kernels" / n).read_text()
-                                                       or file in ("common.cuh",) and n.endswith(".cu")]
+        changed = [n for n in names if n == file or reads(n, file)]
         try:
-            objects(folder / "kernels", folder, changed)
+            for name in changed:
+                compile(folder / "kernels", folder, name)
         except subprocess.CalledProcessError as e:
             sys.exit(f"{file}: {what}: {e.stderr}")
         link([(folder if name in changed else work) / (name + ".o") for name in names], folder)

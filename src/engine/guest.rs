@@ -44,8 +44,9 @@ impl Hosting {
     /// # Errors
     /// When the GPU is lost.
     pub fn run(&mut self, model: &Model, busy: bool) -> Result<()> {
-        let Some(guest) = self.guest.as_mut().filter(|_| !self.asleep) else { return Ok(()) };
+        let Some(guest) = &mut self.guest else { return Ok(()) };
         if !busy {
+            // Asleep or not: a wake-up that found the inbox full is made good here.
             self.asleep = !guest.work.slice(model);
             self.credit = 0.0;
             return model.synchronize();
@@ -57,5 +58,40 @@ impl Hosting {
             self.credit -= began.elapsed().as_secs_f64();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::background::Background;
+    use crate::model::{LoadOptions, source};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    /// Counts its slices and has nothing to do.
+    struct Idle(Arc<AtomicUsize>);
+
+    impl Background for Idle {
+        fn slice(&mut self, _: &Model) -> bool {
+            self.0.fetch_add(1, Relaxed);
+            false
+        }
+    }
+
+    /// A wake-up that finds the inbox full is not sent: whoever sleeps is asked again when nobody waits, and only then.
+    #[test]
+    fn a_sleeper_is_asked_again_when_nobody_waits() {
+        let model = Model::load(&source::resolve("embedded").unwrap(), LoadOptions::default()).unwrap();
+        let slices = Arc::new(AtomicUsize::new(0));
+        let work = Box::new(Idle(slices.clone()));
+        let mut hosting = Hosting::new(Some(Guest { work, share: 0.5, device_bytes: 0 }));
+        for (busy, want) in [(false, 1), (true, 1), (false, 2)] {
+            hosting.served(Duration::from_millis(10));
+            hosting.run(&model, busy).unwrap();
+            assert_eq!(slices.load(Relaxed), want, "busy {busy}");
+            assert!(!hosting.awake());
+        }
     }
 }

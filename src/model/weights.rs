@@ -46,7 +46,7 @@ enum Types {
     Own,
     /// All of them this.
     All(DType),
-    /// Those with more than one dimension what the first one is, which then is [`Types::Matrices`].
+    /// Those with more than one dimension what the first tensor taken is.
     First,
     /// Those with more than one dimension this. The vectors of a GGUF are f32 and stay so: beside its blocks they are exact.
     Matrices(DType),
@@ -147,20 +147,27 @@ impl<'a> Checkpoint<'a> {
             Content::Plain { dtype, bytes } => {
                 let dtype = plain(dtype).map_err(|e| e.context(format!("{}: tensor {name}", weight.file)))?;
                 let tensor = Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu)?;
-                tensor.to_dtype(self.types.of(shape, dtype))?
+                tensor.to_dtype(self.dtype_of(shape, dtype))?
             }
             Content::Gguf { stored, paired } => {
                 let own = stored.encoding.plain().unwrap_or(DType::F32);
-                let tensor = decode(&stored, self.types.of(shape, own))?;
+                let tensor = decode(&stored, self.dtype_of(shape, own))?;
                 paired.map_or(Ok(tensor.clone()), |heads| apart(&tensor, heads))?
             }
         };
-        if matches!(self.types, Types::First) && shape.len() > 1 {
-            self.types = Types::Matrices(tensor.dtype());
-        }
         self.parameters += tensor.elem_count() as u64;
         self.found.get_or_insert(tensor.dtype());
         Ok(tensor)
+    }
+
+    /// What a tensor becomes that is `own` in the file.
+    fn dtype_of(&self, shape: &[usize], own: DType) -> DType {
+        match self.types {
+            Types::All(dtype) => dtype,
+            Types::Matrices(dtype) if shape.len() > 1 => dtype,
+            Types::First if shape.len() > 1 => self.found.unwrap_or(own),
+            _ => own,
+        }
     }
 
     /// What the file calls the tensor `name`.
@@ -218,17 +225,6 @@ impl<'a> Checkpoint<'a> {
             self.left.len(),
             names.join(", ")
         )))
-    }
-}
-
-impl Types {
-    /// That of a tensor which is `own` in the file.
-    fn of(self, shape: &[usize], own: DType) -> DType {
-        match self {
-            Types::All(dtype) => dtype,
-            Types::Matrices(dtype) if shape.len() > 1 => dtype,
-            _ => own,
-        }
     }
 }
 
