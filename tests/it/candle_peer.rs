@@ -1,5 +1,5 @@
 //! candle-transformers' own Llama and Qwen2 on the same random weights as ours.
-use crate::support::{load, logits};
+use crate::support::{Draws, apart, load, logits};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, qwen2};
@@ -20,15 +20,10 @@ fn config(architecture: &str, tied: bool) -> serde_json::Value {
 
 /// A Hugging Face folder with random weights, large enough that a wrong position or order shows.
 fn write_model(dir: &Path, config: &serde_json::Value, qkv_bias: bool) {
-    let device = Device::Cpu;
-    let mut tensors = HashMap::new();
+    let (mut tensors, mut draws) = (HashMap::new(), Draws::new(1));
     let mut put = |name: String, shape: &[usize]| {
-        let t = if name.contains("norm") {
-            Tensor::rand(0.5f32, 1.5, shape, &device)
-        } else {
-            Tensor::randn(0f32, 0.2, shape, &device)
-        };
-        tensors.insert(name, t.unwrap());
+        let t = if name.contains("norm") { draws.uniform(0.5..1.5, shape) } else { draws.normal(0.2, shape) };
+        tensors.insert(name, t);
     };
     put("model.embed_tokens.weight".into(), &[300, 64]);
     put("model.norm.weight".into(), &[64]);
@@ -125,15 +120,10 @@ fn shards_and_types_are_the_same_model() {
     write_model(dir.path(), &config("LlamaForCausalLM", false), false);
     let at = |dtype| logits(&load(path, dtype), None, &TOKENS);
     let whole = at(DtypeChoice::Auto);
-    let worst = |other: &[Vec<f32>]| {
-        let pairs = whole.iter().flatten().zip(other.iter().flatten());
-        pairs.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max)
-    };
-    let largest = whole.iter().flatten().fold(0f32, |m, v| m.max(v.abs()));
     // A row passes ten roundings from embedding to head: f16 keeps 11 bits of each weight, bf16 8 of weight and input.
-    let (f16_bound, bf16_bound) = (10.0 * 2f32.powi(-11), 2.0 * 10.0 * 2f32.powi(-8));
-    let (f16, bf16) = (worst(&at(DtypeChoice::F16)) / largest, worst(&at(DtypeChoice::Bf16)) / largest);
-    println!("relative to the largest logit: f16 {f16:.1e}, bf16 {bf16:.1e}");
+    let (f16_bound, bf16_bound) = (10.0 * 2f64.powi(-11), 2.0 * 10.0 * 2f64.powi(-8));
+    let (f16, bf16) = (apart(&whole, &at(DtypeChoice::F16)), apart(&whole, &at(DtypeChoice::Bf16)));
+    println!("in deviations of the logits: f16 {f16:.1e}, bf16 {bf16:.1e}");
     assert!(f16 > 0.0 && f16 < f16_bound && bf16 > f16 && bf16 < bf16_bound);
 
     let all = candle_core::safetensors::load(dir.path().join("model.safetensors"), &Device::Cpu).unwrap();
@@ -146,5 +136,5 @@ fn shards_and_types_are_the_same_model() {
     }
     let index = serde_json::json!({ "weight_map": map }).to_string();
     std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
-    assert_eq!(worst(&at(DtypeChoice::Auto)), 0.0);
+    assert_eq!(whole, at(DtypeChoice::Auto));
 }

@@ -7,7 +7,7 @@ mod vocabularies;
 pub mod write;
 
 use crate::oracle::{Case, LOGIT_TOLERANCE, models};
-use crate::support::{ask_all, data, engine, load, logits, request};
+use crate::support::{Draws, apart, ask_all, data, engine, load, logits, request};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use convert::{convert, weights};
@@ -43,17 +43,6 @@ fn bits(rows: &[Vec<f32>]) -> Vec<u32> {
 
 fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
-
-/// How far apart two sets of logits are: the root of the mean square, in deviations of the first.
-fn apart(want: &[Vec<f32>], got: &[Vec<f32>]) -> f64 {
-    let (mut error, mut norm) = (0f64, 0f64);
-    for (want, got) in want.iter().zip(got) {
-        let mean = want.iter().sum::<f32>() / want.len() as f32;
-        error += want.iter().zip(got).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        norm += want.iter().map(|a| f64::from(a - mean).powi(2)).sum::<f64>();
-    }
-    (error / norm).sqrt()
 }
 
 /// Every model that the format can say: the logits of its folder, and PEFT's with every adapter.
@@ -121,13 +110,13 @@ fn wide() -> (serde_json::Value, HashMap<String, Tensor>) {
         "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
     });
-    let mut tensors = HashMap::new();
+    let (mut tensors, mut draws) = (HashMap::new(), Draws::new(1));
     let mut put = |name: String, shape: &[usize]| {
         let t = match shape.len() {
-            1 => Tensor::rand(0.5f32, 1.5, shape, &Device::Cpu),
-            _ => Tensor::randn(0f32, 0.1, shape, &Device::Cpu),
+            1 => draws.uniform(0.5..1.5, shape),
+            _ => draws.normal(0.1, shape),
         };
-        let t = t.unwrap().to_dtype(candle_core::DType::BF16).unwrap();
+        let t = t.to_dtype(candle_core::DType::BF16).unwrap();
         tensors.insert(name, t.to_dtype(candle_core::DType::F32).unwrap());
     };
     put("model.embed_tokens.weight".into(), &[48, 256]);

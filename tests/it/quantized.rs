@@ -1,6 +1,6 @@
 //! The base with its weights rounded to int8, beside the same base as it is.
 use crate::served::{Served, prompt};
-use crate::support::{embedded, int8, logits};
+use crate::support::{apart, embedded, int8, logits};
 use prefixd::config::{Config, Quantize};
 use serde_json::Value;
 
@@ -11,15 +11,9 @@ fn logits_stay_close() {
     assert_eq!((whole.info().dtype, rounded.info().dtype), ("bf16", "int8"));
     let tokens: Vec<u32> = (0..80).map(|i| 10 + i * 37 % 900).collect();
     let (want, got) = (logits(&whole, None, &tokens), logits(&rounded, None, &tokens));
-    let (mut error, mut norm, mut same) = (0f64, 0f64, 0);
-    for (want, got) in want.iter().zip(&got) {
-        let mean = want.iter().sum::<f32>() / want.len() as f32;
-        error += want.iter().zip(got).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        norm += want.iter().map(|a| f64::from(a - mean).powi(2)).sum::<f64>();
-        let best = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
-        same += usize::from(best(want) == best(got));
-    }
-    let relative = (error / norm).sqrt();
+    let best = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
+    let same = want.iter().zip(&got).filter(|(want, got)| best(want) == best(got)).count();
+    let relative = apart(&want, &got);
     println!(
         "int8: logits off by {relative:.4} of their deviation, the best one equal in {same} of {} rows",
         want.len()

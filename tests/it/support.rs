@@ -1,4 +1,5 @@
 //! Models, prefixes and requests for the tests.
+use candle_core::Tensor;
 use prefixd::adapter::{InputRow, Prefix};
 use prefixd::config::{Device, DtypeChoice, EngineConfig, Quantize};
 use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
@@ -8,6 +9,9 @@ use prefixd::kv::{KvPool, PageId, pages_for};
 use prefixd::model::batch::{Batch, Rows};
 use prefixd::model::{LoadOptions, Model, source};
 use prefixd::ops::embed::RowSource;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rand_distr::StandardNormal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -45,6 +49,30 @@ pub fn embedded() -> Model {
 pub fn int8() -> Model {
     let options = LoadOptions { quantize: Quantize::Int8, threads: 2, ..LoadOptions::default() };
     Model::load(&source::resolve("embedded").unwrap(), options).unwrap()
+}
+
+/// Random tensors, the same at every run, so that a bound holds for the numbers it was found with.
+pub struct Draws(StdRng);
+
+impl Draws {
+    pub fn new(seed: u64) -> Draws {
+        Draws(StdRng::seed_from_u64(seed))
+    }
+
+    pub fn uniform(&mut self, range: std::ops::Range<f32>, shape: &[usize]) -> Tensor {
+        let value = |_| self.0.random_range(range.clone());
+        Tensor::from_iter((0..shape.iter().product()).map(value), &candle_core::Device::Cpu)
+            .and_then(|t| t.reshape(shape))
+            .unwrap()
+    }
+
+    /// About 0.
+    pub fn normal(&mut self, deviation: f32, shape: &[usize]) -> Tensor {
+        let value = |_| deviation * self.0.sample::<f32, _>(StandardNormal);
+        Tensor::from_iter((0..shape.iter().product()).map(value), &candle_core::Device::Cpu)
+            .and_then(|t| t.reshape(shape))
+            .unwrap()
+    }
 }
 
 /// All logits of one sequence, run by itself: those of the prefix's input rows, then those of `tokens`.
@@ -192,4 +220,15 @@ pub fn collect(mut events: tokio::sync::mpsc::Receiver<Event>) -> Answer {
 /// An engine with a pool of `kv_tokens`.
 pub fn engine(model: Model, kv_tokens: usize) -> Engine {
     Engine::start(model, &EngineConfig { kv_tokens, ..EngineConfig::default() }).unwrap()
+}
+
+/// How far apart two sets of logits are: the root of the mean square, in deviations of the first.
+pub fn apart(want: &[Vec<f32>], got: &[Vec<f32>]) -> f64 {
+    let (mut error, mut norm) = (0f64, 0f64);
+    for (want, got) in want.iter().zip(got) {
+        let mean = want.iter().sum::<f32>() / want.len() as f32;
+        error += want.iter().zip(got).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        norm += want.iter().map(|a| f64::from(a - mean).powi(2)).sum::<f64>();
+    }
+    (error / norm).sqrt()
 }

@@ -1,7 +1,7 @@
 //! candle-transformers' own readers of GGUF on the same files.
 use super::convert::convert;
-use super::{apart, write_folder};
-use crate::support::{load, logits};
+use super::write_folder;
+use crate::support::{Draws, apart, load, logits};
 use candle_core::quantized::{GgmlDType, gguf_file};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::{quantized_llama, quantized_qwen2};
@@ -52,12 +52,11 @@ fn llama_agrees_with_candle_transformers() {
 
 #[test]
 fn qwen2_agrees_with_candle_transformers() {
-    let (mut config, mut tensors) = super::wide();
+    let ((mut config, mut tensors), mut draws) = (super::wide(), Draws::new(2));
     config["architectures"] = vec!["Qwen2ForCausalLM"].into();
     for i in 0..2 {
         for (name, rows) in [("q", 256), ("k", 64), ("v", 64)] {
-            let bias = Tensor::randn(0f32, 0.5, rows, &Device::Cpu).unwrap();
-            tensors.insert(format!("model.layers.{i}.self_attn.{name}_proj.bias"), bias);
+            tensors.insert(format!("model.layers.{i}.self_attn.{name}_proj.bias"), draws.normal(0.5, &[rows]));
         }
     }
     agrees("qwen2", &config, &tensors);
