@@ -16,6 +16,7 @@ pub mod watch;
 
 use crate::error::{Error, Result};
 use crate::ops::Machine;
+use candle_core::DType;
 use std::fmt;
 use std::sync::Arc;
 
@@ -102,6 +103,10 @@ pub struct BaseShape {
     pub max_model_len: usize,
     /// Every token sees every other, and the answer is a class: virtual tokens cannot be a prefix.
     pub encoder: bool,
+    /// Type that virtual tokens become.
+    pub input_dtype: DType,
+    /// Type that stored K and V become.
+    pub kv_dtype: DType,
     /// What classification heads run on.
     pub machine: Arc<Machine>,
 }

@@ -137,6 +137,21 @@ pub enum Quantize {
     Int8,
 }
 
+/// Type that K and V are held in.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheDtype {
+    /// f32 on the CPU, exact; on a GPU that of the weights, the only one it has.
+    #[default]
+    Auto,
+    /// 32-bit float.
+    F32,
+    /// bfloat16: half the memory, K and V off by 1/512 at most.
+    Bf16,
+    /// IEEE half: half the memory, K and V off by 1/4096 at most; what lies beyond 65504 is cut there.
+    F16,
+}
+
 /// Batching and memory.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -156,6 +171,8 @@ pub struct EngineConfig {
     pub kv_memory_mib: usize,
     /// Of the GPU's memory, what weights, activations and the KV pool may take together, 0.1 to 0.98.
     pub gpu_memory_utilization: f64,
+    /// Type that K and V are held in.
+    pub kv_cache_dtype: KvCacheDtype,
     /// Longest sequence; 0: the model's own.
     pub max_model_len: usize,
     /// Threads of the CPU ops; 0: one a core.
@@ -174,6 +191,7 @@ impl Default for EngineConfig {
             kv_tokens: 0,
             kv_memory_mib: 0,
             gpu_memory_utilization: 0.9,
+            kv_cache_dtype: KvCacheDtype::Auto,
             max_model_len: 0,
             threads: 0,
             prefix_caching: true,

@@ -30,7 +30,7 @@ pub struct KvPool {
 
 /// Where the layers' K and V are.
 enum Layers {
-    /// In f32, laid out for the processor's lanes.
+    /// Laid out for the processor's lanes.
     Host(Vec<Layer>),
     /// On a GPU, slot by slot, in the type of its activations.
     Device(Gpu, Vec<Slabs>),
@@ -44,7 +44,7 @@ struct Layer {
 }
 
 impl KvPool {
-    /// A pool of `pages` where `machine` runs; `dtype` is that of a GPU's activations. Debug builds poison it with NaN:
+    /// A pool of `pages` of elements of `dtype`, where `machine` runs. Debug builds poison it with NaN:
     /// whatever reads a slot that nobody wrote shows at once.
     pub fn new(layout: KvLayout, num_layers: usize, pages: usize, machine: &Machine, dtype: DType) -> Result<Self> {
         if let Some(gpu) = machine.gpu() {
@@ -54,9 +54,9 @@ impl KvPool {
         }
         let slab = |shape: (usize, usize, usize, usize)| {
             if cfg!(debug_assertions) {
-                Tensor::full(f32::NAN, shape, &Device::Cpu)
+                Tensor::full(f32::NAN, (), &Device::Cpu)?.to_dtype(dtype)?.broadcast_as(shape)?.contiguous()
             } else {
-                Tensor::zeros(shape, DType::F32, &Device::Cpu)
+                Tensor::zeros(shape, dtype, &Device::Cpu)
             }
         };
         let layers = (0..num_layers).map(|_| {
@@ -135,8 +135,8 @@ impl KvPool {
 
     /// K and V of positions `0..len`, which lie in `pages`, of all layers, as [`KvPool::store`] takes them: f32 on the processor.
     pub fn read(&self, pages: &[PageId], len: usize) -> Result<Tensor> {
-        let (heads, dim) = (self.layout.kv_heads, self.layout.head_dim);
-        let (width, page_len) = (heads * dim, self.layout.page_len());
+        let dim = self.layout.head_dim;
+        let width = self.layout.kv_heads * dim;
         let count = match &self.layers {
             Layers::Host(layers) => layers.len(),
             Layers::Device(_, layers) => layers.len(),
@@ -145,16 +145,20 @@ impl KvPool {
         let mut rows = vec![0f32; len * columns];
         match &self.layers {
             Layers::Host(layers) => {
+                let of = |slab: &Tensor, page: PageId| -> Result<Vec<f32>> {
+                    let page = slab.narrow(0, page.0 as usize, 1)?.to_dtype(DType::F32)?;
+                    Ok(page.flatten_all()?.to_vec1()?)
+                };
                 for (index, layer) in layers.iter().enumerate() {
-                    let keys = layer.keys.flatten_all()?.to_vec1::<f32>()?;
-                    let values = layer.values.flatten_all()?.to_vec1::<f32>()?;
-                    for (i, row) in rows.chunks_exact_mut(columns).enumerate() {
-                        let (start, place) = (pages[i / PAGE].0 as usize * page_len, i % PAGE);
-                        let (k, v) = row[2 * index * width..][..2 * width].split_at_mut(width);
-                        for (head, (k, v)) in k.chunks_exact_mut(dim).zip(v.chunks_exact_mut(dim)).enumerate() {
-                            let at = start + head * dim * PAGE;
-                            k.iter_mut().enumerate().for_each(|(d, k)| *k = keys[at + d * PAGE + place]);
-                            v.copy_from_slice(&values[at + place * dim..][..dim]);
+                    for (rows, page) in rows.chunks_mut(PAGE * columns).zip(pages) {
+                        let (keys, values) = (of(&layer.keys, *page)?, of(&layer.values, *page)?);
+                        for (place, row) in rows.chunks_exact_mut(columns).enumerate() {
+                            let (k, v) = row[2 * index * width..][..2 * width].split_at_mut(width);
+                            for (head, (k, v)) in k.chunks_exact_mut(dim).zip(v.chunks_exact_mut(dim)).enumerate() {
+                                let at = head * dim * PAGE;
+                                k.iter_mut().enumerate().for_each(|(d, k)| *k = keys[at + d * PAGE + place]);
+                                v.copy_from_slice(&values[at + place * dim..][..dim]);
+                            }
                         }
                     }
                 }

@@ -3,6 +3,7 @@ pub mod background;
 pub mod batch;
 pub mod config;
 mod decoder;
+mod device;
 mod gguf;
 mod layer;
 pub mod packed;
@@ -10,7 +11,7 @@ pub mod source;
 mod weights;
 
 use crate::adapter::{BaseShape, Head};
-use crate::config::{Device, DtypeChoice, Quantize};
+use crate::config::{Device, DtypeChoice, KvCacheDtype, Quantize};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kv::{KvPool, PageId, pages_for};
 use crate::ops::Machine;
@@ -20,13 +21,13 @@ use crate::ops::embed::RowSource;
 use crate::ops::gpu::Gpu;
 use crate::ops::linear::Linear;
 use crate::ops::memory;
-use crate::ops::sample::device::MOST_TOKENS;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use batch::{Batch, Rows};
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
 use decoder::Decoder;
+use device::{fits_kernels, kv_dtype, machine};
 use source::ModelFiles;
 use std::sync::Arc;
 use weights::Checkpoint;
@@ -34,6 +35,8 @@ use weights::Checkpoint;
 /// Weights, tokenizer and facts of the base.
 pub struct Model {
     decoder: Decoder,
+    /// Type that K and V are held in.
+    kv_dtype: DType,
     /// What classification heads run on: the processor, also where the base is on a GPU. They are small and read few rows.
     heads: Arc<Machine>,
     /// The classification head that the base came with.
@@ -68,6 +71,8 @@ pub struct ModelInfo {
     pub labels: Vec<String>,
     /// Type of the weights: the checkpoint's or as asked for; `int8` where they were rounded to it.
     pub dtype: &'static str,
+    /// Type that K and V are held in.
+    pub kv_cache_dtype: &'static str,
     /// `cpu`, or the GPU's name.
     pub device: String,
 }
@@ -85,6 +90,8 @@ pub struct LoadOptions {
     pub threads: usize,
     /// Longest sequence; 0: the model's own.
     pub max_model_len: usize,
+    /// Type that K and V are held in.
+    pub kv_cache_dtype: KvCacheDtype,
 }
 
 impl Model {
@@ -133,6 +140,7 @@ impl Model {
         if machine.gpu().is_some() {
             fits_kernels(&config, decoder.activation_dtype())?;
         }
+        let kv_dtype = kv_dtype(options.kv_cache_dtype, decoder.activation_dtype(), machine.gpu().is_some())?;
         let heads = if machine.gpu().is_some() { Machine::new(options.threads) } else { machine.clone() };
         let head = classifier(&mut checkpoint, &config, &heads)?;
         let info = ModelInfo {
@@ -153,11 +161,12 @@ impl Model {
                 Quantize::None => checkpoint.table_dtype().map_or("f32", |d| d.as_str()),
                 Quantize::Int8 => "int8",
             },
+            kv_cache_dtype: kv_dtype.as_str(),
             device: machine.gpu().map_or("cpu".into(), |gpu| gpu.name()),
         };
         checkpoint.finish()?;
         memory::settle();
-        Ok(Model { decoder, heads, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
+        Ok(Model { decoder, kv_dtype, heads, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
     }
 
     /// Its facts.
@@ -195,13 +204,15 @@ impl Model {
             hidden_size: self.info.hidden_size,
             max_model_len: self.info.max_model_len,
             encoder: self.info.encoder,
+            input_dtype: self.decoder.activation_dtype(),
+            kv_dtype: self.kv_dtype,
             machine: self.heads.clone(),
         }
     }
 
     /// Bytes of one KV page.
     pub fn page_bytes(&self) -> usize {
-        KvPool::page_bytes(self.decoder.kv_layout(), self.info.num_layers, self.decoder.activation_dtype())
+        KvPool::page_bytes(self.decoder.kv_layout(), self.info.num_layers, self.kv_dtype)
     }
 
     /// The GPU that it lies on.
@@ -226,8 +237,7 @@ impl Model {
 
     /// A pool of `pages` for this model.
     pub fn kv_pool(&self, pages: usize) -> Result<KvPool> {
-        let (layers, dtype) = (self.info.num_layers, self.decoder.activation_dtype());
-        KvPool::new(self.decoder.kv_layout(), layers, pages, self.decoder.machine(), dtype)
+        KvPool::new(self.decoder.kv_layout(), self.info.num_layers, pages, self.decoder.machine(), self.kv_dtype)
     }
 
     /// Runs the batch: K and V go into `kv`; returns the hidden rows `[logit_rows, hidden]` whose logits are wanted.
@@ -299,51 +309,6 @@ impl Model {
     }
 }
 
-/// What the kernels cannot do is said before the first request.
-fn fits_kernels(config: &ModelConfig, dtype: DType) -> Result<()> {
-    let (head_dim, vocab) = (config.head_dim, config.vocab_size);
-    if dtype != DType::F32 && !head_dim.is_multiple_of(8) {
-        return Err(Error::precondition(format!(
-            "heads of {head_dim} in {}: the GPU's kernels take multiples of 8; use `--dtype f32` or `--device cpu`",
-            dtype.as_str()
-        )));
-    }
-    if vocab > MOST_TOKENS {
-        return Err(Error::precondition(format!(
-            "a vocabulary of {vocab}: the GPU's kernels choose among {MOST_TOKENS}; use `--device cpu`"
-        )));
-    }
-    Ok(())
-}
-
-/// What `options` ask to run on.
-fn machine(options: LoadOptions) -> Result<Arc<Machine>> {
-    let on = |gpu: Gpu| {
-        if options.quantize == Quantize::Int8 {
-            let rule = "is for the CPU: a GPU has f32, bf16 and f16 weights";
-            return Err(Error::invalid("quantize", "int8", rule));
-        }
-        Ok(Machine::with_gpu(options.threads, gpu))
-    };
-    match options.device {
-        Device::Cpu => Ok(Machine::new(options.threads)),
-        Device::Cuda(index) => match Gpu::cuda(index) {
-            Ok(gpu) => on(gpu),
-            Err(e) => Err(Error::precondition(format!("`device` is cuda:{index}: {e}; use `cpu` or `auto`"))),
-        },
-        Device::Auto if cfg!(feature = "cuda") && options.quantize == Quantize::None => match Gpu::cuda(0) {
-            Ok(gpu) => on(gpu),
-            Err(e) => {
-                tracing::warn!("no CUDA device ({e}): serving on the CPU");
-                Ok(Machine::new(options.threads))
-            }
-        },
-        Device::Auto => Ok(Machine::new(options.threads)),
-        #[cfg(feature = "emulate")]
-        Device::Emulated => on(Gpu::emulated(0)),
-    }
-}
-
 /// A model whose template is missing or broken still serves prompts, so this is an error only for who wants it.
 fn chat_template(files: &ModelFiles) -> Result<ChatTemplate> {
     let template = ChatTemplate::from_files(files.chat_template.as_deref(), files.tokenizer_config.as_deref());
@@ -373,22 +338,4 @@ fn labels(config: &ModelConfig, count: usize) -> Vec<String> {
         return config.labels.clone();
     }
     (0..count).map(|i| format!("LABEL_{i}")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn what_kernels_cannot_do_is_said_at_load() {
-        let mut config = ModelConfig::parse(&std::fs::read("models/demo/config.json").unwrap()).unwrap();
-        config.head_dim = 100;
-        fits_kernels(&config, DType::F32).unwrap();
-        let e = fits_kernels(&config, DType::BF16).unwrap_err().to_string();
-        assert!(e.contains("heads of 100 in bf16") && e.contains("--dtype f32"), "{e}");
-        config.vocab_size = MOST_TOKENS + 1;
-        let e = fits_kernels(&config, DType::F32).unwrap_err().to_string();
-        assert!(e.contains("524289") && e.contains("524288"), "{e}");
-    }
 }

@@ -68,14 +68,17 @@ pub use linear::Linear;
 pub use machine::{Machine, Vector};
 pub use pool::Pool;
 
-use candle_core::{CpuStorage, Layout, Result, bail};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 
-/// The contiguous f32 elements of a CPU tensor, or an error that names the op.
-fn f32_slice<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(v), Some((start, end))) => Ok(&v[start..end]),
-        (CpuStorage::F32(_), None) => bail!("{op}: the tensor must be contiguous, it is {layout:?}"),
-        _ => bail!("{op}: the tensor must be f32"),
+/// The contiguous elements of a CPU tensor of type `T`, or an error that names the op.
+fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [T]> {
+    let Ok(all) = storage.as_slice() else {
+        bail!("{op}: the tensor must be {:?}, it is {:?}", T::DTYPE, storage.dtype());
+    };
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&all[start..end]),
+        None => bail!("{op}: the tensor must be contiguous, it is {layout:?}"),
     }
 }
 

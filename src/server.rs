@@ -241,6 +241,7 @@ async fn load_model(config: &Config) -> Result<Model> {
         quantize: config.quantize,
         threads: config.engine.threads,
         max_model_len: config.engine.max_model_len,
+        kv_cache_dtype: config.engine.kv_cache_dtype,
     };
     blocking(move || Model::load(&source::resolve(&name)?, options)).await
 }
@@ -275,6 +276,7 @@ fn facts(info: &ModelInfo, config: &Config, engine: &EngineHandle) -> proto::Get
             head_dim: info.head_dim as u32,
             vocab_size: info.vocab_size as u32,
             dtype: info.dtype.into(),
+            kv_cache_dtype: info.kv_cache_dtype.into(),
             device: info.device.clone(),
             encoder: info.encoder,
             labels: info.labels.clone(),

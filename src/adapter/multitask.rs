@@ -1,6 +1,8 @@
 //! A multitask prompt: one shared prompt, and for each task a matrix of low rank that scales it.
+use super::peft::{fits, must_fit};
 use super::placed::{Placed, Placement};
 use crate::error::{Error, Result};
+use candle_core::DType;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -22,13 +24,15 @@ pub struct Tasks {
     pub(super) cols: Vec<f32>,
     /// `[count, r, d]`
     pub(super) rows: Vec<f32>,
+    /// Type that composed prompts are held in.
+    pub(super) held: DType,
     pub(super) placement: Placement,
     /// Most recently used last, at most [`KEPT`].
     pub(super) composed: Mutex<VecDeque<(u32, Placed)>>,
 }
 
-/// A value of a composed prompt that is not finite: its row, column and value.
-pub(super) type NotFinite = (usize, usize, f32);
+/// A value of a composed prompt that the base cannot hold: its row, column and value.
+pub(super) type Misfit = (usize, usize, f32);
 
 impl Tasks {
     /// Number of tasks, counted from 0.
@@ -39,7 +43,7 @@ impl Tasks {
     /// What the virtual tokens of `task` became.
     ///
     /// # Errors
-    /// `InvalidArgument` naming `task_id`, its value and the number of tasks, or a value that is not finite.
+    /// `InvalidArgument` naming `task_id`, its value and the number of tasks, or a value that the base cannot hold.
     pub fn placed(&self, task: u32) -> Result<Placed> {
         if task as usize >= self.count {
             let rule = format!("the adapter has {} tasks, counted from 0", self.count);
@@ -50,7 +54,7 @@ impl Tasks {
         }
         // Outside the lock: others' tasks do not wait for this one. Two at once compose the same content.
         let placed = self.compose(task as usize).map_err(|(row, col, value)| {
-            let rule = format!("its composed prompt at [{row}, {col}] is {value}, must be finite");
+            let rule = format!("its composed prompt at [{row}, {col}] is {value}, {}", must_fit(self.held));
             Error::invalid("task_id", task, rule)
         })?;
         self.keep(task, placed.clone());
@@ -58,7 +62,7 @@ impl Tasks {
     }
 
     /// Scales the shared prompt to `task`, which must be below [`Tasks::count`].
-    pub(super) fn compose(&self, task: usize) -> Result<Placed, NotFinite> {
+    pub(super) fn compose(&self, task: usize) -> Result<Placed, Misfit> {
         let (n, r) = (self.len, self.rank);
         let d = self.shared.len() / n;
         // cols[t]: [n, r], rows[t]: [r, d].
@@ -68,7 +72,7 @@ impl Tasks {
             for (col, value) in values.iter_mut().enumerate() {
                 let scale: f32 = (0..r).map(|k| cols[row * r + k] * rows[k * d + col]).sum();
                 *value *= scale;
-                if !value.is_finite() {
+                if !fits(*value, self.held) {
                     return Err((row, col, *value));
                 }
             }
@@ -117,6 +121,7 @@ mod tests {
             shared: vec![1.0, 2.0],
             cols: (0..40).map(|t| if t == 39 { f32::MAX } else { t as f32 }).collect(),
             rows: [1.0; 80].to_vec(),
+            held: DType::F32,
             placement: Placement::default(),
             composed: Mutex::default(),
         }

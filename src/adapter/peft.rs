@@ -14,6 +14,7 @@ use super::placed::Placement;
 use super::{Adapter, AdapterId, BaseShape, Generation, Head, KvRows, Method, Placed, Prefix, SoftPrompt, TaskCard};
 use crate::error::{Context, Error, Kind, Result};
 use crate::tokenizer::Tokenizer;
+use candle_core::DType;
 use config::PeftConfig;
 use heads::HeadNames;
 use std::fs::File;
@@ -26,7 +27,7 @@ pub(super) use config::method_of as config_method;
 pub(super) use heads::module as head_module;
 pub use place::placement as place;
 pub use save::{SavedAdapter, SavedBase, SavedTensor, save};
-pub(super) use weights::{SERVED_DTYPES, is_prompt_tensor};
+pub(super) use weights::{SERVED_DTYPES, fits, is_prompt_tensor, must_fit};
 
 /// PEFT's settings.
 pub(super) const CONFIG_FILE: &str = "adapter_config.json";
@@ -114,13 +115,20 @@ fn with_weights(
     let names = if config.classifies { HeadNames::find(&weights.names())? } else { HeadNames::default() };
     weights.check_names(config, &names)?;
     let width = config.width(shape);
-    let prompt = weights
-        .floats("prompt_embeddings", &config.prompt_rule(shape), |dims| config.check_prompt(dims, width, shape))?;
+    let held = match method {
+        // What is held is what its tasks are composed to.
+        Method::MultitaskPromptTuning => DType::F32,
+        method if method.is_kv() => shape.kv_dtype,
+        _ => shape.input_dtype,
+    };
+    let prompt = weights.floats("prompt_embeddings", &config.prompt_rule(shape), held, |dims| {
+        config.check_prompt(dims, width, shape)
+    })?;
     let placement = place::placement(&mut card, method, n, shape, tokenizer)?;
     let head = names.load(weights, &card, shape)?.map(Arc::new);
     let mut tasks = None;
     let Placed { prefix, soft } = if method == Method::MultitaskPromptTuning {
-        let (all, placed) = read_tasks(prompt, placement, weights, &card, n, width)?;
+        let (all, placed) = read_tasks(prompt, placement, weights, &card, n, width, shape.input_dtype)?;
         tasks = Some(Arc::new(all));
         placed
     } else if method.is_kv() {
@@ -145,13 +153,14 @@ fn read_tasks(
     card: &TaskCard,
     n: usize,
     d: usize,
+    held: DType,
 ) -> Result<(Tasks, Placed)> {
     let (mut count, mut rank) = (0, 0);
-    let cols = weights.floats("prefix_task_cols", "[tasks, num_virtual_tokens, rank]", |dims| {
+    let cols = weights.floats("prefix_task_cols", "[tasks, num_virtual_tokens, rank]", DType::F32, |dims| {
         (count, rank) = (dims[0], dims[2]);
         Weights::same("prefix_task_cols", dims, &[count, n, rank])
     })?;
-    let rows = weights.floats("prefix_task_rows", "[tasks, rank, hidden_size]", |dims| {
+    let rows = weights.floats("prefix_task_rows", "[tasks, rank, hidden_size]", DType::F32, |dims| {
         Weights::same("prefix_task_rows", dims, &[count, rank, d])
     })?;
     let task = card.task_id;
@@ -160,9 +169,9 @@ fn read_tasks(
             "task.toml: `task_id` is {task}, the adapter has {count} tasks, counted from 0"
         )));
     }
-    let tasks = Tasks { count, len: n, rank, shared: prompt, cols, rows, placement, composed: Mutex::default() };
+    let tasks = Tasks { count, len: n, rank, shared: prompt, cols, rows, held, placement, composed: Mutex::default() };
     let placed = tasks.compose(task).map_err(|(row, col, value)| {
-        let text = format!("{WEIGHTS_FILE}: prompt of task {task} at [{row}, {col}] is {value}, must be finite");
+        let text = format!("{WEIGHTS_FILE}: prompt of task {task} at [{row}, {col}] is {value}, {}", must_fit(held));
         Error::new(Kind::InvalidArgument, text)
     })?;
     Ok((tasks, placed))

@@ -102,6 +102,7 @@ pub(super) fn facts(r: &proto::GetServerInfoResponse) -> Value {
             "head_dim": m.head_dim,
             "vocab_size": m.vocab_size,
             "dtype": m.dtype,
+            "kv_cache_dtype": m.kv_cache_dtype,
             "device": m.device,
             "encoder": m.encoder,
             "labels": m.labels,

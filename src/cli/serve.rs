@@ -1,6 +1,6 @@
 //! `prefixd serve`.
 use super::{Failure, Terminal, json};
-use crate::config::{Config, Device, DtypeChoice, Quantize};
+use crate::config::{Config, Device, DtypeChoice, KvCacheDtype, Quantize};
 use crate::error::Error;
 use crate::server::{Progress, Server, terminated};
 use clap::Args;
@@ -118,6 +118,10 @@ struct Engine {
     #[arg(long, value_name = "MIB")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory_mib: Option<usize>,
+    /// Type that K and V are held in [default: auto, which is f32 on the CPU and the weights' on a GPU].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_cache_dtype: Option<KvCacheDtype>,
     /// Of a GPU's memory, what weights, activations and the KV pool may take together [default: 0.9].
     #[arg(long, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -240,7 +244,13 @@ fn announce(server: &Server, address: SocketAddr, terminal: &Terminal) {
     row("address", address.to_string());
     if let Some(m) = &facts.model {
         let millions = m.num_parameters as f64 / 1e6;
-        row("model", format!("{} · {} · {millions:.1} M parameters · {} · {}", m.name, m.family, m.dtype, m.device));
+        row(
+            "model",
+            format!(
+                "{} · {} · {millions:.1} M parameters · {}, KV {} · {}",
+                m.name, m.family, m.dtype, m.kv_cache_dtype, m.device
+            ),
+        );
     }
     if let Some(l) = &facts.limits {
         row(

@@ -3,7 +3,7 @@
 //! Gated: y = f(gate) * up, of a fused projection `[gate | up]` (SwiGLU and GeGLU, Shazeer 2020). Plain: y = f(x).
 mod device;
 
-use super::{Machine, f32_slice, float, make_rows};
+use super::{Machine, float, make_rows, slice};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -110,7 +110,7 @@ impl CustomOp1 for Activation {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(x, layout, "activation")?;
+        let x = slice(x, layout, "activation")?;
         let (m, width) = layout.shape().dims2()?;
         if self.gated && width % 2 != 0 {
             bail!("activation: x is [{m}, {width}], the width of [gate | up] must be even");
@@ -139,7 +139,7 @@ impl CustomOp2 for Gradient {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, dy) = (f32_slice(x, xl, "activation")?, f32_slice(dy, dyl, "activation")?);
+        let (x, dy) = (slice(x, xl, "activation")?, slice(dy, dyl, "activation")?);
         let (m, width) = xl.shape().dims2()?;
         let out = if self.0.gated { width / 2 } else { width };
         let dx = make_rows(&self.0.machine.pool, m, width, |first, dx| {

@@ -1,7 +1,7 @@
 //! `embed`: rows of the token table and rows of soft prompts gathered into one packed tensor, and learned positions.
 pub mod device;
 
-use super::{Linear, Machine, Vector, f32_slice, make_rows};
+use super::{Linear, Machine, Vector, make_rows, slice};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -49,7 +49,7 @@ impl CustomOp1 for Embed {
     }
 
     fn cpu_fwd(&self, soft: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let soft = f32_slice(soft, layout, "embed")?;
+        let soft = slice(soft, layout, "embed")?;
         let Embedding { table, scale, positions } = &self.embedding;
         let Some(table) = table.packed() else { bail!("embed: the table is not on the CPU") };
         let hidden = table.k();

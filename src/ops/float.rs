@@ -1,4 +1,5 @@
 //! Float conversions and the exponential, the same bits on every instruction set; and which of those the CPU has.
+use candle_core::DType;
 
 /// What a body that is compiled three times runs as.
 #[cfg(target_arch = "x86_64")]
@@ -6,7 +7,7 @@
 pub enum Isa {
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// What every CPU of the architecture has.
     Baseline,
@@ -21,7 +22,8 @@ pub fn isa() -> Isa {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    match (fma && wide, fma && is_x86_feature_detected!("avx2")) {
+    let half = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+    match (fma && wide, fma && half) {
         (true, _) => Isa::Avx512,
         (false, true) => Isa::Avx2,
         (false, false) => Isa::Baseline,
@@ -49,6 +51,15 @@ pub fn f32_to_bf16(v: f32) -> u16 {
 #[inline(always)]
 pub fn bf16_to_f32(v: u16) -> f32 {
     f32::from_bits(u32::from(v) << 16)
+}
+
+/// The largest value of a type that activations, K or V are held in; what is larger would round to infinity.
+pub fn largest(dtype: DType) -> f32 {
+    match dtype {
+        DType::F16 => half::f16::MAX.to_f32(),
+        DType::BF16 => half::bf16::MAX.to_f32(),
+        _ => f32::MAX,
+    }
 }
 
 /// e^x for x <= 88, within 2 units in the last place; 0 below -87.3 (where f32 turns denormal), NaN for NaN.

@@ -3,6 +3,7 @@
 //! `simd!` leaves vectors to the compiler, which takes arrays of sums apart into single floats. A body of `lanes!` is written
 //! over these types instead, and is compiled for AVX-512, AVX2 and the baseline. The first two give the same bits.
 use super::float::{BASELINE_FMA, multiply_add};
+use half::{bf16, f16};
 
 /// How many.
 pub const LANES: usize = 16;
@@ -15,6 +16,10 @@ pub trait Lanes: Copy {
     fn splat(x: f32) -> Self;
     /// The first 16 of `from`.
     fn load(from: &[f32]) -> Self;
+    /// The same from bfloat16; exact.
+    fn load_bf16(from: &[bf16]) -> Self;
+    /// The same from IEEE half; exact.
+    fn load_f16(from: &[f16]) -> Self;
     /// Into the first 16 of `to`.
     fn store(self, to: &mut [f32]);
     /// self * b + c, in one rounding where the CPU can.
@@ -23,38 +28,38 @@ pub trait Lanes: Copy {
     fn mul(self, b: Self) -> Self;
 }
 
-/// A body `<V>` over [`Lanes`], compiled for each instruction set and picked at run time.
+/// A body `<V>` over [`Lanes`], and over the type `S` where there is one, compiled for each instruction set and picked at run time.
 macro_rules! lanes {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident<$v:ident>($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident<$v:ident $(, $s:ident: $bound:path)?>($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name($($arg: $ty),*) {
+        $vis fn $name$(<$s: $bound>)?($($arg: $ty),*) {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body<$v: crate::ops::lanes::Lanes>($($arg: $ty),*) $body
+            fn body<$v: crate::ops::lanes::Lanes $(, $s: $bound)?>($($arg: $ty),*) $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::ops::{float, lanes};
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $ty),*) {
-                    body::<lanes::Avx512>($($arg),*)
+                fn avx512$(<$s: $bound>)?($($arg: $ty),*) {
+                    body::<lanes::Avx512 $(, $s)?>($($arg),*)
                 }
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $ty),*) {
-                    body::<lanes::Avx2>($($arg),*)
+                fn avx2$(<$s: $bound>)?($($arg: $ty),*) {
+                    body::<lanes::Avx2 $(, $s)?>($($arg),*)
                 }
                 match float::isa() {
                     // SAFETY: the features were found.
-                    float::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    float::Isa::Avx512 => return unsafe { avx512$(::<$s>)?($($arg),*) },
                     // SAFETY: as above.
-                    float::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    float::Isa::Avx2 => return unsafe { avx2$(::<$s>)?($($arg),*) },
                     float::Isa::Baseline => {}
                 }
             }
-            body::<crate::ops::lanes::Plain>($($arg),*)
+            body::<crate::ops::lanes::Plain $(, $s)?>($($arg),*)
         }
     };
 }
@@ -77,6 +82,14 @@ impl Lanes for Plain {
         Plain(*from.first_chunk().expect("16 floats"))
     }
     #[inline(always)]
+    fn load_bf16(from: &[bf16]) -> Self {
+        Plain(from.first_chunk::<LANES>().expect("16 halves").map(bf16::to_f32))
+    }
+    #[inline(always)]
+    fn load_f16(from: &[f16]) -> Self {
+        Plain(from.first_chunk::<LANES>().expect("16 halves").map(f16::to_f32))
+    }
+    #[inline(always)]
     fn store(self, to: &mut [f32]) {
         to[..LANES].copy_from_slice(&self.0);
     }
@@ -97,6 +110,7 @@ pub use wide::{Avx2, Avx512};
 mod wide {
     use super::{LANES, Lanes};
     use core::arch::x86_64::*;
+    use half::{bf16, f16};
 
     /// A register of AVX-512.
     #[derive(Clone, Copy)]
@@ -123,6 +137,19 @@ mod wide {
         fn load(from: &[f32]) -> Self {
             // SAFETY: above.
             Avx512(unsafe { _mm512_loadu_ps(from[..LANES].as_ptr()) })
+        }
+        #[inline(always)]
+        fn load_bf16(from: &[bf16]) -> Self {
+            // SAFETY: above.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from[..LANES].as_ptr().cast()));
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            }
+        }
+        #[inline(always)]
+        fn load_f16(from: &[f16]) -> Self {
+            // SAFETY: above.
+            Avx512(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from[..LANES].as_ptr().cast())) })
         }
         #[inline(always)]
         fn store(self, to: &mut [f32]) {
@@ -157,6 +184,23 @@ mod wide {
             let from = &from[..LANES];
             // SAFETY: above.
             unsafe { Avx2(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from[8..].as_ptr())) }
+        }
+        #[inline(always)]
+        fn load_bf16(from: &[bf16]) -> Self {
+            let from = &from[..LANES];
+            // SAFETY: above.
+            let half = |at: usize| unsafe {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from[at..].as_ptr().cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            };
+            Avx2(half(0), half(8))
+        }
+        #[inline(always)]
+        fn load_f16(from: &[f16]) -> Self {
+            let from = &from[..LANES];
+            // SAFETY: above; so has f16c.
+            let half = |at: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from[at..].as_ptr().cast())) };
+            Avx2(half(0), half(8))
         }
         #[inline(always)]
         fn store(self, to: &mut [f32]) {

@@ -17,7 +17,7 @@ pub(super) use product::bench_tile;
 pub use product::{Addends, Scratch};
 pub use tile::{Isa, Kind};
 
-use super::{Machine, Vector, f32_slice};
+use super::{Machine, Vector, slice};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use matrix::Product;
 use std::sync::Arc;
@@ -167,7 +167,7 @@ impl Linear {
     }
 
     fn product(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<Vec<f32>> {
-        let x = f32_slice(x, layout, "linear")?;
+        let x = slice(x, layout, "linear")?;
         let (m, k) = layout.shape().dims2()?;
         let Some(weight) = self.packed() else { bail!("linear: the weight is not on the CPU") };
         if k != weight.k() {
@@ -208,7 +208,7 @@ impl CustomOp1 for InputGradient {
         }
         let mut dx = vec![0f32; m * weight.k()];
         let machine = &self.0.machine;
-        weight.backward(f32_slice(dy, layout, "linear")?, m, &mut dx, &mut machine.scratch(), &machine.pool);
+        weight.backward(slice(dy, layout, "linear")?, m, &mut dx, &mut machine.scratch(), &machine.pool);
         Ok((CpuStorage::F32(dx), (m, weight.k()).into()))
     }
 }
@@ -222,7 +222,7 @@ impl CustomOp2 for Linear {
         if rl.shape().dims2()? != (xl.shape().dims2()?.0, self.n()) {
             bail!("linear_add: residual is {:?}, x {:?}, n {}", rl.shape(), xl.shape(), self.n());
         }
-        self.run(x, xl, Some(f32_slice(r, rl, "linear_add")?))
+        self.run(x, xl, Some(slice(r, rl, "linear_add")?))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {

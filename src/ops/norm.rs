@@ -5,7 +5,7 @@
 mod device;
 
 use super::gpu::Buffer;
-use super::{Machine, Vector, f32_slice, make_rows};
+use super::{Machine, Vector, make_rows, slice};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ impl CustomOp1 for Norm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(x, layout, "norm")?;
+        let x = slice(x, layout, "norm")?;
         let (m, hidden) = layout.shape().dims2()?;
         if hidden != self.weight.len() || self.bias.as_ref().is_some_and(|b| b.len() != hidden) {
             bail!("norm: x is [{m}, {hidden}], the weight [{}]", self.weight.len());
@@ -76,7 +76,7 @@ impl CustomOp2 for Gradient {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, dy) = (f32_slice(x, xl, "norm")?, f32_slice(dy, dyl, "norm")?);
+        let (x, dy) = (slice(x, xl, "norm")?, slice(dy, dyl, "norm")?);
         let Norm { weight, bias, eps, machine } = &self.0;
         let (m, hidden) = xl.shape().dims2()?;
         let dx = make_rows(&machine.pool, m, hidden, |row, dx| {
@@ -143,7 +143,7 @@ impl CustomOp1 for HeadNorm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(x, layout, "head_norm")?;
+        let x = slice(x, layout, "head_norm")?;
         let (m, width) = layout.shape().dims2()?;
         let (q, k) = (self.heads * self.q.len(), self.kv_heads * self.k.len());
         if q + k > width {
@@ -173,7 +173,7 @@ impl CustomOp2 for HeadGradient {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, dy) = (f32_slice(x, xl, "head_norm")?, f32_slice(dy, dyl, "head_norm")?);
+        let (x, dy) = (slice(x, xl, "head_norm")?, slice(dy, dyl, "head_norm")?);
         let HeadNorm { q, k, eps, heads, kv_heads, machine } = &self.0;
         let ((m, width), q_end) = (xl.shape().dims2()?, heads * q.len());
         let k_end = q_end + kv_heads * k.len();

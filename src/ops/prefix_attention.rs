@@ -19,17 +19,22 @@
 //!
 //! # Pages
 //! K of a page is stored transposed, `[kv_heads, head_dim, PAGE]`: one 16-lane accumulator holds the scores of a
-//! page. V is `[kv_heads, PAGE, head_dim]`. Slots past a sequence's end may hold anything, NaN included.
+//! page. V is `[kv_heads, PAGE, head_dim]`. Slots past a sequence's end may hold anything, NaN included. Both are f32, bf16 or
+//! f16; they are read as f32, exactly, and everything else is f32.
 pub mod device;
+mod element;
 pub mod packed;
 mod plan;
 mod span;
 
+pub use element::Element;
 pub use packed::{PackedOnDevice, PackedPlan, PackedSequence, packed_attention};
 pub use plan::Plan;
 
-use super::{Machine, Pool, Shared, f32_slice};
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use super::{Machine, Pool, Shared, slice};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
 use span::{QUERIES, Query, Span, add_span};
 use std::ops::Range;
 use std::sync::Arc;
@@ -119,17 +124,31 @@ impl CustomOp3 for PrefixAttention {
         values: &CpuStorage,
         values_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        match keys.dtype() {
+            DType::F32 => self.over::<f32>((qkv, qkv_l), (keys, keys_l), (values, values_l)),
+            DType::BF16 => self.over::<bf16>((qkv, qkv_l), (keys, keys_l), (values, values_l)),
+            DType::F16 => self.over::<f16>((qkv, qkv_l), (keys, keys_l), (values, values_l)),
+            other => bail!("prefix_attention: K is {other:?}, must be f32, bf16 or f16"),
+        }
+    }
+}
+
+type Stored<'a> = (&'a CpuStorage, &'a Layout);
+
+impl PrefixAttention {
+    /// Over K and V of type `S`.
+    fn over<S: Element>(&self, qkv: Stored<'_>, keys: Stored<'_>, values: Stored<'_>) -> Result<(CpuStorage, Shape)> {
         let plan = &*self.plan;
-        let (m, width) = qkv_l.shape().dims2()?;
+        let (m, width) = qkv.1.shape().dims2()?;
         let KvLayout { kv_heads, head_dim } = plan.layout;
         if plan.heads * head_dim > width || !plan.heads.is_multiple_of(kv_heads) || head_dim > MAX_HEAD_DIM {
             bail!("prefix_attention: {} heads over {kv_heads} of {head_dim} in rows of {width}", plan.heads);
         }
         let input = Input {
-            qkv: f32_slice(qkv, qkv_l, "prefix_attention")?,
+            qkv: slice(qkv.0, qkv.1, "prefix_attention")?,
             width,
-            keys: f32_slice(keys, keys_l, "prefix_attention")?,
-            values: f32_slice(values, values_l, "prefix_attention")?,
+            keys: slice::<S>(keys.0, keys.1, "prefix_attention")?,
+            values: slice(values.0, values.1, "prefix_attention")?,
             plan,
             attention: self.attention,
         };
@@ -140,16 +159,16 @@ impl CustomOp3 for PrefixAttention {
     }
 }
 
-struct Input<'a> {
+struct Input<'a, S> {
     qkv: &'a [f32],
     width: usize,
-    keys: &'a [f32],
-    values: &'a [f32],
+    keys: &'a [S],
+    values: &'a [S],
     plan: &'a Plan,
     attention: Attention,
 }
 
-impl Input<'_> {
+impl<S: Element> Input<'_, S> {
     fn run(&self, pool: &Pool, out: &mut [f32]) {
         let plan = self.plan;
         let heads = plan.layout.kv_heads;
@@ -164,8 +183,8 @@ impl Input<'_> {
 }
 
 /// Rows of sequences with one prefix, and one KV head.
-struct Unit<'a> {
-    input: &'a Input<'a>,
+struct Unit<'a, S> {
+    input: &'a Input<'a, S>,
     parts: &'a [(usize, Range<usize>)],
     head: usize,
 }
@@ -179,8 +198,8 @@ struct Row {
     end: usize,
 }
 
-impl<'a> Unit<'a> {
-    fn new(input: &'a Input<'a>, parts: &'a [(usize, Range<usize>)], head: usize) -> Self {
+impl<'a, S: Element> Unit<'a, S> {
+    fn new(input: &'a Input<'a, S>, parts: &'a [(usize, Range<usize>)], head: usize) -> Self {
         Unit { input, parts, head }
     }
 

@@ -4,7 +4,7 @@
 //! half-split layout of transformers' `rotate_half`). d is the head's width, or less (partial rotary). V passes through.
 pub mod device;
 
-use super::{Machine, Vector, f32_slice, make_rows};
+use super::{Machine, Vector, make_rows, slice};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::sync::Arc;
 
@@ -64,7 +64,7 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(x, layout, "rope")?;
+        let x = slice(x, layout, "rope")?;
         let (m, width) = layout.shape().dims2()?;
         let Turns { cos, sin, half } = &*self.turns;
         let (half, Heads { count, dim }) = (*half, self.heads);

@@ -1,6 +1,6 @@
 //! A request's result does not depend on what shares its batch: the same tokens and, on the CPU, the same bits, over
 //! random mixes of adapters, lengths, sampling settings, chunk sizes, preemptions and cache hits.
-use crate::support::{Answer, ask_all, embedded, int8, request};
+use crate::support::{Answer, ask_all, embedded, halved, int8, request};
 use prefixd::adapter::{InputRow, KvRows, Prefix, SoftPrompt};
 use prefixd::config::EngineConfig;
 use prefixd::engine::request::{Request, Sampling};
@@ -103,6 +103,12 @@ fn a_mixed_batch_gives_the_bits_of_single_requests() {
 #[test]
 fn a_mixed_batch_gives_the_bits_of_single_requests_on_int8() {
     mixes(int8, 4);
+}
+
+/// With K and V in f16 too: a value is rounded by itself, when it is written.
+#[test]
+fn a_mixed_batch_gives_the_bits_of_single_requests_on_halves() {
+    mixes(halved, 4);
 }
 
 fn mixes(model: fn() -> Model, cases: u32) -> Vec<Stats> {

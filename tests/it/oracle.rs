@@ -2,10 +2,10 @@
 //! against ours: logits within 1e-4 in f32, greedy tokens, log-probabilities of continuations and classes equal.
 use crate::support::{self, Answer, ask_all, data, engine, logits, request};
 use prefixd::adapter::{InputRow, Loaded, load_folder};
-use prefixd::config::DtypeChoice;
+use prefixd::config::{DtypeChoice, KvCacheDtype};
 use prefixd::engine::request::Request;
-use prefixd::model::Model;
 use prefixd::model::config::ModelConfig;
+use prefixd::model::{LoadOptions, Model};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -196,19 +196,34 @@ fn oracle_peft() {
     println!("oracle_peft: {cases} generations, scores and classes, {values} logits");
 }
 
-/// bf16 keeps 8 bits of each weight, and of each input of a product by a weight. Those roundings are independent, so
-/// they add up like a walk: about ten a layer from embedding to head, each up to 2^-8 of what it rounds, which near the end is of
-/// the size of the largest logit. The bound is sqrt(10 * layers) * 2^-8 of that on average over all logits; single ones may be
-/// four times as far off.
+/// bf16 keeps 8 bits of each weight, and of each input of a product by a weight: about ten roundings a layer from embedding to
+/// head.
 #[test]
 fn oracle_peft_in_bf16() {
+    let all = LoadOptions { dtype: DtypeChoice::Bf16, ..LoadOptions::default() };
+    within_roundings("oracle_peft_in_bf16", all, 10.0, 8);
+}
+
+/// K and V are rounded once a layer each, weights not at all.
+#[test]
+fn oracle_peft_with_halves_of_k_and_v() {
+    for (kv_cache_dtype, bits) in [(KvCacheDtype::Bf16, 8), (KvCacheDtype::F16, 11)] {
+        let kv = LoadOptions { kv_cache_dtype, ..LoadOptions::default() };
+        within_roundings("oracle_peft_with_halves_of_k_and_v", kv, 2.0, bits);
+    }
+}
+
+/// Roundings are independent, so they add up like a walk: `a_layer` of them in each layer, each up to 2^-`bits` of what it rounds,
+/// which near the end is of the size of the largest logit. The bound is sqrt(a_layer * layers) * 2^-bits of that on average over
+/// all logits; single ones may be four times as far off.
+fn within_roundings(name: &str, options: LoadOptions, a_layer: f64, bits: i32) {
     let mut worst_share = 0f64;
     for dir in models() {
-        let model = support::load(dir.to_str().unwrap(), DtypeChoice::Bf16);
-        if model.info().encoder {
+        let model = support::load_with(dir.to_str().unwrap(), options).unwrap();
+        if model.info().encoder || (model.info().device != "cpu" && options.kv_cache_dtype != KvCacheDtype::Auto) {
             continue;
         }
-        let unit = (10.0 * model.info().num_layers as f64).sqrt() * 2f64.powi(-8);
+        let unit = (a_layer * model.info().num_layers as f64).sqrt() * 2f64.powi(-bits);
         for case in Case::all(&model, &dir).iter().filter(|case| !case.writes_classes()) {
             let prefix = case.loaded.as_ref().and_then(|l| l.prefix.as_deref());
             let (mean, most, largest) = case.spread(|tokens| logits(&model, prefix, tokens));
@@ -223,7 +238,7 @@ fn oracle_peft_in_bf16() {
             worst_share = worst_share.max(most / (4.0 * unit * largest));
         }
     }
-    println!("oracle_peft_in_bf16: at most {:.0} % of the bound", worst_share * 100.0);
+    println!("{name}: at most {:.0} % of the bound", worst_share * 100.0);
 }
 
 enum Expected {

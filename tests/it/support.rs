@@ -1,7 +1,7 @@
 //! Models, prefixes and requests for the tests.
 use candle_core::Tensor;
 use prefixd::adapter::{InputRow, Prefix};
-use prefixd::config::{Device, DtypeChoice, EngineConfig, Quantize};
+use prefixd::config::{Device, DtypeChoice, EngineConfig, KvCacheDtype, Quantize};
 use prefixd::engine::request::{Event, Finish, Request, Sampling, Stopping, TokenLogprob};
 use prefixd::engine::{Engine, EngineHandle};
 use prefixd::error::Result;
@@ -32,7 +32,12 @@ pub fn load(name: &str, dtype: DtypeChoice) -> Model {
 }
 
 pub fn try_load(name: &str, dtype: DtypeChoice) -> Result<Model> {
-    Model::load(&source::resolve(name)?, LoadOptions { dtype, device: device(), threads: 2, ..LoadOptions::default() })
+    load_with(name, LoadOptions { dtype, ..LoadOptions::default() })
+}
+
+/// On two threads of what the tests run on.
+pub fn load_with(name: &str, options: LoadOptions) -> Result<Model> {
+    Model::load(&source::resolve(name)?, LoadOptions { device: device(), threads: 2, ..options })
 }
 
 /// What the tests of models run on: `PREFIXD_TEST_DEVICE`, the processor by default.
@@ -48,6 +53,12 @@ pub fn embedded() -> Model {
 /// The same with int8 weights.
 pub fn int8() -> Model {
     let options = LoadOptions { quantize: Quantize::Int8, threads: 2, ..LoadOptions::default() };
+    Model::load(&source::resolve("embedded").unwrap(), options).unwrap()
+}
+
+/// The same with K and V in f16.
+pub fn halved() -> Model {
+    let options = LoadOptions { kv_cache_dtype: KvCacheDtype::F16, threads: 2, ..LoadOptions::default() };
     Model::load(&source::resolve("embedded").unwrap(), options).unwrap()
 }
 

@@ -1,5 +1,6 @@
 //! Adapters that others made, as they lie on the web: each loads or is refused with a sentence that says what to do.
 use crate::support::{data, embedded};
+use candle_core::DType;
 use prefixd::adapter::convert::convert;
 use prefixd::adapter::{BaseShape, Method, load_folder};
 use prefixd::error::{Error, Kind};
@@ -24,6 +25,8 @@ fn tiny_llama() -> BaseShape {
         hidden_size: 64,
         max_model_len: 128,
         encoder: false,
+        input_dtype: DType::F32,
+        kv_dtype: DType::F32,
         machine: Machine::new(1),
     }
 }

@@ -8,7 +8,7 @@ use super::weights::Weights;
 use crate::adapter::{BaseShape, Head, TaskCard};
 use crate::error::{Context, Error, Kind, Result};
 use crate::ops::Linear;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// The tensors' names in the file, by what they are.
 #[derive(Debug, Default)]
@@ -111,7 +111,7 @@ fn layer(
     shape: &BaseShape,
 ) -> Result<Linear> {
     let read = |name: &str, rule: &str, dims: &[usize]| {
-        let values = weights.floats(name, rule, |found| Weights::same(name, found, dims))?;
+        let values = weights.floats(name, rule, DType::F32, |found| Weights::same(name, found, dims))?;
         Tensor::from_vec(values, dims, &Device::Cpu).or_kind(Kind::Internal, name)
     };
     let bias = bias.map(|name| read(name, "[labels or hidden_size]", &dims[..1])).transpose()?;

@@ -6,6 +6,7 @@ mod saving;
 use super::*;
 use crate::adapter::InputRow;
 use crate::ops::Machine;
+use candle_core::DType;
 use safetensors::{Dtype, tensor::TensorView};
 use std::fs;
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ fn shape() -> BaseShape {
         hidden_size: 8,
         max_model_len: 16,
         encoder: false,
+        input_dtype: DType::F32,
+        kv_dtype: DType::F32,
         machine: Machine::new(1),
     }
 }
@@ -241,6 +244,28 @@ fn values_that_are_not_finite_are_named() {
     }
 }
 
+/// A value that only f32 has, on a base that holds K and V, or virtual tokens, in less.
+#[test]
+fn values_that_the_base_cannot_hold_are_named() {
+    let narrow = BaseShape { input_dtype: DType::F16, kv_dtype: DType::BF16, ..shape() };
+    let folder = |method: &str, width: usize, last: f32| {
+        let mut values = counting(2 * width);
+        values[2 * width - 1] = last;
+        Folder::new().config(method, 2).weights(&[("prompt_embeddings", &[2, width], values)])
+    };
+    for (method, width, last, rule) in [
+        ("PROMPT_TUNING", 8, -65505.0, "65504 at most: it is held in f16"),
+        ("PREFIX_TUNING", 32, f32::MAX, "at most: it is held in bf16"),
+    ] {
+        let e = load(folder(method, width, last).0.path(), &narrow, &tokenizer()).unwrap_err();
+        assert_eq!(e.kind(), Kind::InvalidArgument);
+        let e = e.to_string();
+        assert!(e.contains(&format!("at [1, {}] is {last}", width - 1)) && e.contains(rule), "{e}");
+        load(folder(method, width, last).0.path(), &shape(), &tokenizer()).unwrap();
+        load(folder(method, width, 65504.0).0.path(), &narrow, &tokenizer()).unwrap();
+    }
+}
+
 #[test]
 fn other_tensors_are_ignored_or_refused_never_lost() {
     let with = |name: &str| {
@@ -350,6 +375,8 @@ fn adapters_saved_by_peft_load() {
         hidden_size: number("hidden_size"),
         max_model_len: number("max_position_embeddings"),
         encoder: false,
+        input_dtype: DType::F32,
+        kv_dtype: DType::F32,
         machine: Machine::new(1),
     };
     let tokenizer = Tokenizer::from_bytes(&fs::read(data.join("tokenizer.json")).unwrap()).unwrap();

@@ -4,6 +4,8 @@ use super::heads::HeadNames;
 use super::{WEIGHTS_FILE, io_error};
 use crate::adapter::Method;
 use crate::error::{Context, Error, Kind, Result};
+use crate::ops::float::largest;
+use candle_core::DType;
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};
 use std::fs::File;
@@ -91,11 +93,13 @@ impl Weights {
     }
 
     /// The tensor's values as f32, row-major, once `check` has accepted its dimensions. `rule` says the
-    /// dimensions in words: "[rows, columns]", as many as the tensor must have.
+    /// dimensions in words: "[rows, columns]", as many as the tensor must have. All are finite, also in the type `held` that
+    /// they are to be held in.
     pub(super) fn floats(
         &self,
         name: &str,
         rule: &str,
+        held: DType,
         check: impl FnOnce(&[usize]) -> Result<()>,
     ) -> Result<Vec<f32>> {
         let Some(info) = self.metadata.info(name) else {
@@ -116,9 +120,9 @@ impl Weights {
             Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             other => return Err(malformed(format!("`{name}` is {other:?}, must be F32, F16 or BF16"))),
         };
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            let index = unravel(at, &info.shape);
-            return Err(malformed(format!("`{name}` at {index:?} is {}, must be finite", values[at])));
+        if let Some(at) = values.iter().position(|v| !fits(*v, held)) {
+            let (index, rule) = (unravel(at, &info.shape), must_fit(held));
+            return Err(malformed(format!("`{name}` at {index:?} is {}, {rule}", values[at])));
         }
         Ok(values)
     }
@@ -129,6 +133,19 @@ impl Weights {
             return Ok(());
         }
         Err(Error::precondition(format!("`{name}` is {dims:?}, needs {expected:?}")))
+    }
+}
+
+/// Whether a value is finite in the type `held` that it is to be held in.
+pub(in crate::adapter) fn fits(value: f32, held: DType) -> bool {
+    value.abs() <= largest(held)
+}
+
+/// The rule in words.
+pub(in crate::adapter) fn must_fit(held: DType) -> String {
+    match held {
+        DType::F32 => "must be finite".into(),
+        _ => format!("must be {} at most: it is held in {}", largest(held), held.as_str()),
     }
 }
 

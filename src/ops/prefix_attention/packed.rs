@@ -9,7 +9,7 @@ mod on_device;
 use super::super::kv_write::{Part, kv_write};
 use super::{Attention, KvLayout, PAGE, Plan, SequenceView, prefix_attention};
 use crate::ops::Machine;
-use crate::ops::f32_slice;
+use crate::ops::slice;
 pub use on_device::PackedOnDevice;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
@@ -124,7 +124,7 @@ impl CustomOp3 for Packed {
         let (plan, slots, pages) = self.plan.paged();
         let KvLayout { kv_heads, head_dim } = self.plan.layout;
         let tensor = |s, l, rows: usize| {
-            Tensor::from_slice(f32_slice(s, l, "packed_attention")?, (rows, kv_width), &Device::Cpu)
+            Tensor::from_slice(slice::<f32>(s, l, "packed_attention")?, (rows, kv_width), &Device::Cpu)
         };
         let rows = Tensor::from_vec(slots.iter().map(|s| s.1 as u32).collect(), slots.len(), &Device::Cpu)?;
         let slots: Arc<[u32]> = slots.iter().map(|s| s.0).collect();
@@ -132,7 +132,7 @@ impl CustomOp3 for Packed {
         let values = Tensor::zeros((pages.max(1), kv_heads, PAGE, head_dim), DType::F32, &Device::Cpu)?;
         kv_write(&keys, &tensor(k, k_l, n)?.index_select(&rows, 0)?, Part::Key, self.plan.layout, &slots, 0)?;
         kv_write(&values, &tensor(v, v_l, n)?.index_select(&rows, 0)?, Part::Value, self.plan.layout, &slots, 0)?;
-        let q = Tensor::from_slice(f32_slice(q, q_l, "packed_attention")?, (m, width), &Device::Cpu)?;
+        let q = Tensor::from_slice(slice::<f32>(q, q_l, "packed_attention")?, (m, width), &Device::Cpu)?;
         let out = prefix_attention(&q, &keys, &values, &Arc::new(plan), self.attention, &self.machine)?;
         Ok((CpuStorage::F32(out.flatten_all()?.to_vec1()?), (m, width).into()))
     }

@@ -2,7 +2,7 @@
 //!
 //! Each score is one sum over ascending d, each element of the weighted sum of V one over ascending slots, whatever the other
 //! queries are. A query's slots that it does not see have the weight 0, which leaves its sums as they are.
-use super::{PAGE, SPAN};
+use super::{Element, PAGE, SPAN};
 use crate::ops::float;
 use crate::ops::lanes::Lanes;
 use std::ops::Range;
@@ -11,9 +11,9 @@ use std::ops::Range;
 pub(super) const QUERIES: usize = 4;
 
 /// Consecutive slots of one sequence and KV head.
-pub(super) struct Span<'a> {
-    pub keys: &'a [f32],
-    pub values: &'a [f32],
+pub(super) struct Span<'a, S> {
+    pub keys: &'a [S],
+    pub values: &'a [S],
     pub pages: &'a [u32],
     pub page_len: usize,
     /// First element of the head within a page.
@@ -36,7 +36,7 @@ pub(super) struct Query<'a> {
     pub out: &'a mut [f32],
 }
 
-impl Span<'_> {
+impl<S> Span<'_, S> {
     #[inline(always)]
     fn page(&self, i: usize) -> usize {
         self.pages[i] as usize * self.page_len + self.head
@@ -45,19 +45,19 @@ impl Span<'_> {
 
 lanes! {
     /// Scores of the span, their softmax sums, and their merge into what the queries have.
-    pub(super) fn add_span<V>(span: &Span<'_>, queries: &mut [Query<'_>]) {
+    pub(super) fn add_span<V, S: Element>(span: &Span<'_, S>, queries: &mut [Query<'_>]) {
         match queries {
-            [a, b, c, d] => add::<V, 4>(span, [a, b, c, d]),
-            [a, b, c] => add::<V, 3>(span, [a, b, c]),
-            [a, b] => add::<V, 2>(span, [a, b]),
-            [a] => add::<V, 1>(span, [a]),
+            [a, b, c, d] => add::<V, S, 4>(span, [a, b, c, d]),
+            [a, b, c] => add::<V, S, 3>(span, [a, b, c]),
+            [a, b] => add::<V, S, 2>(span, [a, b]),
+            [a] => add::<V, S, 1>(span, [a]),
             _ => {}
         }
     }
 }
 
 #[inline(always)]
-fn add<V: Lanes, const M: usize>(span: &Span<'_>, mut queries: [&mut Query<'_>; M]) {
+fn add<V: Lanes, S: Element, const M: usize>(span: &Span<'_, S>, mut queries: [&mut Query<'_>; M]) {
     let first = queries.iter().map(|q| q.seen.start).min().unwrap_or(0);
     let end = queries.iter().map(|q| q.seen.end).max().unwrap_or(0);
     let (first_page, pages) = (first / PAGE, end.div_ceil(PAGE));
@@ -65,9 +65,9 @@ fn add<V: Lanes, const M: usize>(span: &Span<'_>, mut queries: [&mut Query<'_>; 
     let mut p = first_page;
     while p < pages {
         p += match pages - p {
-            0..2 => products::<V, M, 1>(span, &queries, p, &mut scores),
-            2..4 => products::<V, M, 2>(span, &queries, p, &mut scores),
-            _ => products::<V, M, 4>(span, &queries, p, &mut scores),
+            0..2 => products::<V, S, M, 1>(span, &queries, p, &mut scores),
+            2..4 => products::<V, S, M, 2>(span, &queries, p, &mut scores),
+            _ => products::<V, S, M, 4>(span, &queries, p, &mut scores),
         };
     }
     let (mut old, mut new) = ([0f32; M], [0f32; M]);
@@ -78,30 +78,34 @@ fn add<V: Lanes, const M: usize>(span: &Span<'_>, mut queries: [&mut Query<'_>; 
     let mut d = 0;
     while d < dim {
         d += match dim - d {
-            64.. => weighted::<V, M, 4>(span, &scores, first..end, d, &old, &new, &mut queries),
-            16.. => weighted::<V, M, 1>(span, &scores, first..end, d, &old, &new, &mut queries),
-            _ => narrow::<M>(span, &scores, first..end, d, &old, &new, &mut queries),
+            64.. => weighted::<V, S, M, 4>(span, &scores, first..end, d, &old, &new, &mut queries),
+            16.. => weighted::<V, S, M, 1>(span, &scores, first..end, d, &old, &new, &mut queries),
+            _ => narrow::<S, M>(span, &scores, first..end, d, &old, &new, &mut queries),
         };
     }
 }
 
 /// q . k of P pages, from page `p` on. Returns P.
 #[inline(always)]
-fn products<V: Lanes, const M: usize, const P: usize>(
-    span: &Span<'_>,
+fn products<V: Lanes, S: Element, const M: usize, const P: usize>(
+    span: &Span<'_, S>,
     queries: &[&mut Query<'_>; M],
     p: usize,
     scores: &mut [[f32; SPAN]; M],
 ) -> usize {
     let dim = queries[0].q.len();
     let q: [&[f32]; M] = std::array::from_fn(|m| &queries[m].q[..dim]);
-    let k: [&[f32]; P] = std::array::from_fn(|i| &span.keys[span.page(p + i)..][..dim * PAGE]);
+    let k: [&[S]; P] = std::array::from_fn(|i| &span.keys[span.page(p + i)..][..dim * PAGE]);
     let mut sums = [[V::zero(); P]; M];
     for d in 0..dim {
-        let k: [V; P] = std::array::from_fn(|i| V::load(&k[i][d * PAGE..]));
+        // A loop, not `from_fn`: the instructions of a load are not put into a closure.
+        let mut lanes = [V::zero(); P];
+        for (lanes, k) in lanes.iter_mut().zip(k) {
+            *lanes = S::load(&k[d * PAGE..]);
+        }
         for (sums, q) in sums.iter_mut().zip(q) {
             let q = V::splat(q[d]);
-            sums.iter_mut().zip(k).for_each(|(s, k)| *s = q.mul_add(k, *s));
+            sums.iter_mut().zip(lanes).for_each(|(s, k)| *s = q.mul_add(k, *s));
         }
     }
     for (scores, sums) in scores.iter_mut().zip(&sums) {
@@ -113,7 +117,7 @@ fn products<V: Lanes, const M: usize, const P: usize>(
 /// Products become exponentials, relative to the larger of the span's maximum and the query's, which moves there. `at`: slot
 /// of the first. Returns the factors of what the query has and of what the span adds.
 #[inline(always)]
-fn softmax(span: &Span<'_>, scores: &mut [f32], at: usize, query: &mut Query<'_>) -> (f32, f32) {
+fn softmax<S>(span: &Span<'_, S>, scores: &mut [f32], at: usize, query: &mut Query<'_>) -> (f32, f32) {
     let mut max = [f32::NEG_INFINITY; PAGE];
     for (i, chunk) in scores.chunks_exact_mut(PAGE).enumerate() {
         for (l, (m, s)) in max.iter_mut().zip(chunk).enumerate() {
@@ -146,8 +150,8 @@ fn softmax(span: &Span<'_>, scores: &mut [f32], at: usize, query: &mut Query<'_>
 
 /// 16 N elements of the weighted sum of V, from `d` on, merged into the queries. Returns 16 N.
 #[inline(always)]
-fn weighted<V: Lanes, const M: usize, const N: usize>(
-    span: &Span<'_>,
+fn weighted<V: Lanes, S: Element, const M: usize, const N: usize>(
+    span: &Span<'_, S>,
     weights: &[[f32; SPAN]; M],
     slots: Range<usize>,
     d: usize,
@@ -164,10 +168,13 @@ fn weighted<V: Lanes, const M: usize, const N: usize>(
         let rows = page.chunks_exact(dim).skip(slot % PAGE);
         for (v, slot) in rows.zip(slot..end) {
             let v = &v[d..d + N * PAGE];
-            let v: [V; N] = std::array::from_fn(|n| V::load(&v[n * PAGE..]));
+            let mut lanes = [V::zero(); N];
+            for (lanes, v) in lanes.iter_mut().zip(v.chunks_exact(PAGE)) {
+                *lanes = S::load(v);
+            }
             for (sums, weights) in sums.iter_mut().zip(weights) {
                 let w = V::splat(weights[slot]);
-                sums.iter_mut().zip(v).for_each(|(s, v)| *s = w.mul_add(v, *s));
+                sums.iter_mut().zip(lanes).for_each(|(s, v)| *s = w.mul_add(v, *s));
             }
         }
         slot = end;
@@ -184,8 +191,8 @@ fn weighted<V: Lanes, const M: usize, const N: usize>(
 
 /// The same for the last elements of a head whose width is no multiple of 16. Returns how many.
 #[inline(always)]
-fn narrow<const M: usize>(
-    span: &Span<'_>,
+fn narrow<S: Element, const M: usize>(
+    span: &Span<'_, S>,
     weights: &[[f32; SPAN]; M],
     slots: Range<usize>,
     d: usize,
@@ -199,7 +206,7 @@ fn narrow<const M: usize>(
             let mut sum = 0f32;
             for slot in slots.clone() {
                 let v = span.values[span.page(slot / PAGE) + slot % PAGE * dim + d];
-                sum += weights[m][slot] * v;
+                sum += weights[m][slot] * v.value();
             }
             query.out[d] = query.out[d] * old[m] + sum * new[m];
         }

@@ -10,6 +10,8 @@ struct Case {
     /// (prefix length, own length)
     sequences: Vec<(usize, usize)>,
     attention: Attention,
+    /// Of K and V.
+    dtype: DType,
 }
 
 const PLAIN: Attention = Attention { scale: 0.3, soft_cap: None, window: None, causal: true };
@@ -18,6 +20,15 @@ const PLAIN: Attention = Attention { scale: 0.3, soft_cap: None, window: None, c
 struct Data {
     own: Vec<Vec<f32>>,
     prefix: Vec<Vec<f32>>,
+}
+
+/// A value as K and V hold it.
+fn held(value: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::BF16 => bf16::from_f32(value).to_f32(),
+        DType::F16 => f16::from_f32(value).to_f32(),
+        _ => value,
+    }
 }
 
 fn noise(i: usize) -> f32 {
@@ -50,7 +61,9 @@ impl Case {
         if total.is_multiple_of(7) {
             free = (0..total as u32).rev().collect();
         }
-        let slab = |shape: (usize, usize, usize, usize)| Tensor::full(f32::NAN, shape, &Device::Cpu).unwrap();
+        let slab = |shape: (usize, usize, usize, usize)| {
+            Tensor::full(f32::NAN, shape, &Device::Cpu).unwrap().to_dtype(self.dtype).unwrap()
+        };
         let keys = slab((total, self.layout.kv_heads, dim, PAGE));
         let values = slab((total, self.layout.kv_heads, PAGE, dim));
         let tables: Vec<(Vec<u32>, Vec<u32>)> = self
@@ -124,12 +137,13 @@ impl Case {
             for row in 0..*t {
                 for head in 0..self.heads {
                     let q = &data.own[i][row * w + head * dim..][..dim];
-                    let kv = |j: usize, part: usize| -> &[f32] {
+                    let kv = |j: usize, part: usize| -> Vec<f32> {
                         let (source, j) = if j < *p { (&data.prefix[i], j) } else { (&data.own[i], j - p) };
                         let column = (self.heads + part * self.layout.kv_heads + head / group) * dim;
-                        &source[j * w + column..][..dim]
+                        let row = &source[j * w + column..][..dim];
+                        row.iter().map(|v| held(*v, self.dtype)).collect()
                     };
-                    let dot = |k: &[f32]| q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+                    let dot = |k: Vec<f32>| q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(b)).sum::<f64>();
                     let Attention { scale, soft_cap, window, causal } = self.attention;
                     let score = |j: usize| {
                         let s = dot(kv(j, 0)) * f64::from(scale);
@@ -156,8 +170,10 @@ fn cases() -> Vec<Case> {
         layout: KvLayout { kv_heads, head_dim },
         sequences: sequences.to_vec(),
         attention: PLAIN,
+        dtype: DType::F32,
     };
     let window = |w, case: Case| Case { attention: Attention { window: Some(w), ..PLAIN }, ..case };
+    let halves = |dtype, case: Case| Case { dtype, ..case };
     vec![
         case(2, 1, 8, &[(0, 1), (1, 1), (16, 17), (5, 33)]),
         case(6, 2, 32, &[(20, 40), (0, 70), (300, 3)]),
@@ -168,6 +184,10 @@ fn cases() -> Vec<Case> {
         window(70, case(2, 2, 16, &[(300, 90), (0, 280), (200, 1)])),
         window(300, case(2, 1, 16, &[(270, 60), (0, 330)])),
         Case { attention: Attention { soft_cap: Some(0.7), window: Some(9), ..PLAIN }, ..case(2, 1, 8, &[(5, 33)]) },
+        halves(DType::BF16, case(2, 1, 8, &[(0, 1), (1, 1), (16, 17), (5, 33)])),
+        halves(DType::BF16, window(70, case(6, 2, 80, &[(20, 40), (0, 70), (300, 3)]))),
+        halves(DType::F16, case(4, 4, 80, &[(17, 20), (64, 5)])),
+        halves(DType::F16, case(6, 2, 20, &[(20, 40), (0, 270), (300, 3)])),
     ]
 }
 
@@ -190,6 +210,7 @@ fn bidirectional_agrees_with_naive_f64() {
         layout: KvLayout { kv_heads: 4, head_dim: 16 },
         sequences: vec![(0, 5), (8, 40), (3, 1), (0, 300)],
         attention: Attention { causal: false, ..PLAIN },
+        dtype: DType::F32,
     };
     let data = case.data();
     for (g, w) in case.run(&data, 1000, 2, 1).iter().flatten().zip(case.reference(&data).iter().flatten()) {
@@ -213,6 +234,20 @@ fn bits_do_not_depend_on_the_cut() {
             let data = Data { own: vec![data.own[i].clone()], prefix: vec![data.prefix[i].clone()] };
             assert!(bits(&alone.run(&data, 5, 1, 0))[0] == want[i]);
         }
+    }
+}
+
+/// What a type cannot hold becomes the nearest it has, never an infinity; NaN stays, and so does poison.
+#[test]
+fn what_is_beyond_a_type_is_cut() {
+    let layout = KvLayout { kv_heads: 1, head_dim: 4 };
+    let rows = Tensor::new(&[[70000f32, -70000.0, f32::NAN, -1.0 / 3.0]], &Device::Cpu).unwrap();
+    for (dtype, most) in [(DType::F16, 65504.0), (DType::BF16, 70144.0)] {
+        let slab = Tensor::zeros((1, 1, PAGE, 4), dtype, &Device::Cpu).unwrap();
+        kv_write(&slab, &rows, Part::Value, layout, &vec![3].into(), 0).unwrap();
+        let got = slab.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(got[12..14], [most, -most], "{dtype:?}");
+        assert!(got[14].is_nan() && got[15] == held(-1.0 / 3.0, dtype) && got[16] == 0.0);
     }
 }
 

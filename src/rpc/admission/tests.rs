@@ -5,6 +5,7 @@ use crate::adapter::{AdapterId, BaseShape, Method, load_folder};
 use crate::error::Kind;
 use crate::model::source;
 use crate::ops::Machine;
+use candle_core::DType;
 use proto::{classify_request, generate_request, score_request};
 use tonic::metadata::MetadataMap;
 
@@ -27,6 +28,8 @@ fn desk(encoder: bool) -> Desk {
         hidden_size: 4,
         max_model_len: 64,
         encoder,
+        input_dtype: DType::F32,
+        kv_dtype: DType::F32,
         machine: Machine::new(1),
     };
     let limits = Limits::default();
