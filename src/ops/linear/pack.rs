@@ -9,15 +9,27 @@ pub(super) type RowScale = (f32, i32);
 #[derive(Clone, Copy)]
 pub(super) struct RowLayout {
     pub kind: Kind,
+    /// bf16 is laid out as f32, the odd element of a pair before the even one.
+    pub widened: bool,
     /// Elements of a row.
     pub k: usize,
-    /// Lines of 16 dwords, the last one padded with zeros.
+    /// Lines of 16 dwords of W, the last one padded with zeros.
     pub lines: usize,
     /// int8: lines that share a scale; otherwise all of them.
     pub group_lines: usize,
 }
 
 impl RowLayout {
+    /// Dwords of x in a line.
+    pub fn line(&self) -> usize {
+        if self.widened { 2 * LINE } else { LINE }
+    }
+
+    /// Dwords of x in a row.
+    pub fn dwords(&self) -> usize {
+        self.lines * self.line()
+    }
+
     /// Groups of a row.
     pub fn groups(&self) -> usize {
         self.lines.div_ceil(self.group_lines)
@@ -45,13 +57,19 @@ pub(super) fn quantize(v: f32, inverse: f32) -> i32 {
 }
 
 simd! {
-    /// Lines `first..` of some rows `[m, k]` into `out` `[lines][m][16]`, with the scales of their groups `[groups][m]`.
+    /// Lines `first..` of some rows `[m, k]` into `out` `[lines][m][16]` (widened: 32), with the scales of their groups `[groups][m]`.
     /// `first` begins a group.
     pub(super) fn pack_rows(layout: &RowLayout, rows: &[f32], first: usize, out: &mut [u32], scales: &mut [RowScale]) {
         let m = rows.len() / layout.k;
         match layout.kind {
             Kind::F32 => each_line::<LINE>(layout, rows, first, out, |source, line| {
                 line.iter_mut().zip(source).for_each(|(d, v)| *d = v.to_bits());
+            }),
+            Kind::Bf16 if layout.widened => each_line::<{ 2 * LINE }>(layout, rows, first, out, |source, line| {
+                for (d, v) in line.chunks_exact_mut(2).zip(source.chunks_exact(2)) {
+                    d[0] = u32::from(f32_to_bf16(v[1])) << 16;
+                    d[1] = u32::from(f32_to_bf16(v[0])) << 16;
+                }
             }),
             Kind::Bf16 => each_line::<{ 2 * LINE }>(layout, rows, first, out, |source, line| {
                 for (d, v) in line.iter_mut().zip(source.chunks_exact(2)) {
@@ -96,10 +114,10 @@ fn each_line<const N: usize>(
     out: &mut [u32],
     f: impl Fn(&[f32; N], &mut [u32]),
 ) {
-    let m = rows.len() / layout.k;
+    let (m, width) = (rows.len() / layout.k, layout.line());
     for (r, row) in rows.chunks_exact(layout.k).enumerate() {
-        for (l, lines) in out.chunks_exact_mut(m * LINE).enumerate() {
-            let line = &mut lines[r * LINE..(r + 1) * LINE];
+        for (l, lines) in out.chunks_exact_mut(m * width).enumerate() {
+            let line = &mut lines[r * width..(r + 1) * width];
             let source = row.get((first + l) * N..).unwrap_or(&[]);
             match source.first_chunk::<N>() {
                 Some(source) => f(source, line),

@@ -23,11 +23,11 @@ impl Packed {
     fn empty(kind: Kind, n: usize, k: usize, isa: Isa) -> Self {
         let lines = k.div_ceil(LINE * kind.per_dword());
         let group_lines = if kind == Kind::Int8 { (GROUP / (LINE * 4)).min(lines.max(1)) } else { lines.max(1) };
-        let rows = RowLayout { kind, k, lines, group_lines };
+        let kernels = tile::select(kind, isa).expect("Auto and Portable exist on every CPU");
+        let rows = RowLayout { kind, widened: kernels.widened, k, lines, group_lines };
         let scales = if kind == Kind::Int8 { rows.groups() * COLUMNS } else { 0 };
         let panel = lines * LINE * COLUMNS + scales;
         let buffer = Buffer::zeroed(panel * n.div_ceil(COLUMNS));
-        let kernels = tile::select(kind, isa).expect("Auto and Portable exist on every CPU");
         Packed { n, rows, panel, buffer, kernels, isa }
     }
 

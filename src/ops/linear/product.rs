@@ -57,8 +57,7 @@ impl Tiles {
     }
 }
 
-/// x as the tiles read it: line l of row r of a tile of M rows that starts at row s is at dword s * lines * 16 + (l * M + r
-/// - s) * 16; its scales are at s * groups + g * M + r - s.
+/// x as the tiles read it: line l of row r of a tile of M rows that starts at row s is line s * lines + l * M + r - s; its scales are at s * groups + g * M + r - s.
 pub(super) struct PackedRows {
     pub tiles: Tiles,
     pub x: *const u32,
@@ -75,7 +74,7 @@ impl Scratch {
         layout: super::pack::RowLayout,
         pool: &Pool,
     ) -> PackedRows {
-        let (tiles, dwords, groups) = (Tiles::new(m, most), layout.lines * LINE, layout.groups());
+        let (tiles, dwords, groups) = (Tiles::new(m, most), layout.dwords(), layout.groups());
         if self.x.len() < m * dwords {
             self.x = Buffer::zeroed(m * dwords);
         }
@@ -96,10 +95,10 @@ impl Scratch {
             // SAFETY: the lines of a part of a tile are contiguous and this unit's alone, and so are the scales of a tile, of
             // which only kinds that are not cut have any.
             let (out, scales) = unsafe {
-                let out = out.get().add(start * dwords + first * rows * LINE);
+                let out = out.get().add(start * dwords + first * rows * layout.line());
                 let scales = scales.get().add(start * groups);
                 (
-                    std::slice::from_raw_parts_mut(out, (last - first) * rows * LINE),
+                    std::slice::from_raw_parts_mut(out, (last - first) * rows * layout.line()),
                     std::slice::from_raw_parts_mut(scales, if parts == 1 { rows * groups } else { 0 }),
                 )
             };
@@ -156,7 +155,7 @@ impl Packed {
         let (x, scales) = (Shared(rows.x.cast_mut()), Shared(rows.scales.cast_mut()));
         let panels = self.n.div_ceil(COLUMNS);
         // Where all of x stays in L2, panels go one by one; else some share the reading of a block of x.
-        let small = m * self.rows.lines * LINE * 4 <= 2 * X_BLOCK_BYTES;
+        let small = m * self.rows.dwords() * 4 <= 2 * X_BLOCK_BYTES;
         let chunk = if small { 1 } else { (CHUNK_BYTES / (self.panel * 4)).max(1) };
         let shares = Shares::new(panels, pool.threads());
         // Not zeroed: at hundreds of rows that would cost a tenth of the product.
@@ -180,7 +179,7 @@ impl Packed {
     /// `rows` holds the packed tiles, `y` is `[m, n]`, and nobody else writes these panels' columns.
     unsafe fn panels(&self, panels: Range<usize>, rows: &PackedRows, y: *mut f32, add: Addends<'_>) {
         let (lines, groups) = (self.rows.lines, self.rows.groups());
-        let (dwords, tiles) = (lines * LINE, rows.tiles);
+        let (dwords, tiles) = (self.rows.dwords(), rows.tiles);
         let block_rows = X_BLOCK_BYTES / (dwords * 4);
         let mut t0 = 0;
         while t0 < tiles.count {
@@ -246,7 +245,8 @@ pub(in crate::ops) fn bench_tile(kind: super::Kind) -> u64 {
     const TIMES: usize = 2000;
     let kernels = super::tile::select(kind, super::Isa::Auto).expect("Auto exists on every CPU");
     let rows = kernels.rows.len();
-    let (w, x) = (Buffer::zeroed((LINES * LINE + 1) * COLUMNS), Buffer::zeroed(LINES * LINE * rows));
+    let line = if kernels.widened { 2 * LINE } else { LINE };
+    let (w, x) = (Buffer::zeroed((LINES * LINE + 1) * COLUMNS), Buffer::zeroed(LINES * line * rows));
     let (mut y, scales) = (vec![0f32; rows * COLUMNS], vec![(0.0, 0); rows]);
     for _ in 0..TIMES {
         // SAFETY: whole lines of W and x, with the scales of one group, and `rows` rows of 32 in y.

@@ -64,7 +64,7 @@ fn bits_do_not_depend_on_rows_or_threads() {
     let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
     for (n, k) in SHAPES {
         let (w, x) = (values(n * k, 7), values(M * k, 9));
-        for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|i| has(*i)) {
+        for isa in [Isa::Avx512, Isa::Avx512Widened, Isa::Avx2, Isa::Portable].into_iter().filter(|i| has(*i)) {
             for p in kinds(&w, n, k, isa) {
                 let alone: Vec<u32> = (0..M).flat_map(|i| run(&p, &x[i * k..][..k], 1, &pools[0])).collect();
                 for m in [1, 2, 3, 5, 12, 13, 24, 25, 31, M] {
@@ -85,7 +85,7 @@ fn bits_do_not_depend_on_rows_or_threads() {
 fn agrees_with_f64() {
     let (m, n, k) = (13, 65, 2050);
     let (w, x) = (values(n * k, 3), values(m * k, 4));
-    for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|i| has(*i)) {
+    for isa in [Isa::Avx512, Isa::Avx512Widened, Isa::Avx2, Isa::Portable].into_iter().filter(|i| has(*i)) {
         for p in kinds(&w, n, k, isa) {
             let (w, x) = (rows(&p), rounded(p.kind(), &x, k));
             let y = run(&p, &x, m, &Pool::new(2));
@@ -106,13 +106,17 @@ fn agrees_with_f64() {
 /// One bit pattern on every instruction set that multiplies and adds in one rounding.
 #[test]
 fn instruction_sets_agree() {
-    if !has(Isa::Avx512) || !has(Isa::Avx2) {
-        return eprintln!("skipped: this CPU has not both AVX-512 with bf16 and VNNI, and AVX2");
+    let found: Vec<Isa> = [Isa::Avx512, Isa::Avx512Widened, Isa::Avx2].into_iter().filter(|i| has(*i)).collect();
+    if found.len() < 2 {
+        return eprintln!("skipped: this CPU has only {found:?} of AVX-512 with VNNI, with and without bf16, and AVX2");
     }
     let (m, n, k) = (7, 65, 700);
     let (w, x) = (values(n * k, 3), values(m * k, 4));
-    for (wide, narrow) in kinds(&w, n, k, Isa::Avx512).iter().zip(&kinds(&w, n, k, Isa::Avx2)) {
-        assert!(run(wide, &x, m, &Pool::new(2)) == run(narrow, &x, m, &Pool::new(2)), "{:?}", wide.kind());
+    let first = kinds(&w, n, k, found[0]);
+    for isa in &found[1..] {
+        for (a, b) in first.iter().zip(&kinds(&w, n, k, *isa)) {
+            assert!(run(a, &x, m, &Pool::new(2)) == run(b, &x, m, &Pool::new(2)), "{:?} {isa:?}", a.kind());
+        }
     }
 }
 

@@ -98,7 +98,7 @@ impl Packed {
         let panel_lines = COLUMNS / (LINE * kind.per_dword());
         let (stored, panels) = (n.div_ceil(COLUMNS), k.div_ceil(COLUMNS));
         let lines = stored * panel_lines;
-        let layout = RowLayout { kind, k: n, lines, group_lines: lines.max(1) };
+        let layout = RowLayout { kind, widened: kernels.widened, k: n, lines, group_lines: lines.max(1) };
         let rows = scratch.pack(dy, m, kernels.rows.len(), layout, pool);
         let (tiles, x) = (rows.tiles, Shared(rows.x.cast_mut()));
         let (dx, block) = (Shared(dx.as_mut_ptr()), BLOCK_BYTES / (panel_lines * LINE * COLUMNS * 4));
@@ -120,10 +120,10 @@ impl Packed {
                             // SAFETY: whole lines of the unpacked panel and of the packed dy, and columns of dx that are this
                             // unit's alone.
                             unsafe {
-                                let line = first * panel_lines;
+                                let line = start * lines + first * panel_lines * (end - start);
                                 (kernels.rows[end - start - 1])(&Tile {
                                     w: w.as_ptr(),
-                                    x: rows.x.add(start * lines * LINE + line * LINE * (end - start)),
+                                    x: rows.x.add(line * layout.line()),
                                     lines: some.len() * panel_lines,
                                     y: dx.get().add(start * k + panel * COLUMNS),
                                     y_stride: k,
