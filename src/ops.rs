@@ -47,6 +47,7 @@ pub mod activation;
 pub mod cross_entropy;
 pub mod dense;
 pub mod embed;
+pub mod feed_forward;
 pub mod float;
 pub mod gpu;
 #[cfg(test)]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A training step of prefixd beside one of Hugging Face PEFT, on one model, in one run.
 
-usage: training_step.py MODEL [--prefixd PATH] [--python PYTHON] [--dtype f32|bf16] [--method prefix|prompt] [--steps N]
+usage: training_step.py MODEL [--prefixd PATH] [--python PYTHON] [--dtype f32|bf16] [--method prefix|prompt] [--steps N] [--labelled N]
 
-Batches of 4 sequences of about 128 tokens, every token a target, 32 virtual tokens. PYTHON is one that has torch, transformers
+Batches of 4 sequences of about 128 tokens, 32 virtual tokens; every token a target, or with --labelled about the last N. PYTHON is one that has torch, transformers
 and PEFT (peft_step.py). Each side runs alone, one after the other, three times in turn; medians and their ratio are printed as a
 JSON line. prefixd's time is that of its batches, as its job reports it; peak memory is that of the whole process.
 """
@@ -14,6 +14,7 @@ p.add_argument("model", type=pathlib.Path), p.add_argument("--prefixd", default=
 p.add_argument("--python", default="python3"), p.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
 p.add_argument("--method", choices=("prefix", "prompt"), default="prefix"), p.add_argument("--steps", type=int, default=5)
 p.add_argument("--recompute", choices=("never", "always"), default="never"), p.add_argument("--rounds", type=int, default=3)
+p.add_argument("--labelled", type=int, default=0, help="only about the last N tokens of each sequence are targets; 0: all")
 a = p.parse_args()
 BATCH, TOKENS, VIRTUAL = 4, 128, 32
 
@@ -37,11 +38,17 @@ def ours(folder):
         words = ["".join(rng.choice("abcdefghij") for _ in range(3)) for _ in range(40)]
         text = lambda n: " ".join(rng.choice(words) for _ in range(n))
         count = lambda t: len(json.loads(ask("tokenize", t).stdout)["token_ids"])
-        n = 8
-        while count(text(n)) < TOKENS:
-            n += 1
+
+        def words_of(tokens):
+            n = 1
+            while count(text(n + 1)) < tokens:
+                n += 1
+            return n
+
+        told = words_of(TOKENS - a.labelled) if a.labelled else 0
+        target = words_of(a.labelled or TOKENS)
         data = folder / "data.jsonl"
-        data.write_text("".join(json.dumps({"input": "a", "target": text(n - 1)}) + "\n" for _ in range(16)))
+        data.write_text("".join(json.dumps({"input": text(told) if told else "a", "target": text(target)}) + "\n" for _ in range(16)))
         done = ask("train", data, "--adapter", "x", "--replace", "--method", a.method, "--init", "vocabulary", "--virtual-tokens", VIRTUAL,
                    "--steps", a.steps + 1, "--batch-size", BATCH, "--recompute", a.recompute, "--append-eos", "false",
                    "--curve", folder / "c.svg", "--no-load")
@@ -59,7 +66,7 @@ def theirs():
     """The same of PEFT."""
     script = pathlib.Path(__file__).with_name("peft_step.py")
     done = subprocess.run([a.python, script, "--model", a.model, "--dtype", a.dtype, "--method", f"{a.method}_tuning", "--batch", str(BATCH),
-                           "--tokens", str(TOKENS), "--virtual-tokens", str(VIRTUAL), "--steps", str(a.steps)], capture_output=True, text=True)
+                           "--tokens", str(TOKENS), "--virtual-tokens", str(VIRTUAL), "--steps", str(a.steps), "--labelled", str(a.labelled)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr or done.stdout)
     r = json.loads(done.stdout.splitlines()[-1])
@@ -73,5 +80,5 @@ for _ in range(a.rounds):
     rates["peft"].append(theirs())
 median = {side: statistics.median(r for r, _ in runs) for side, runs in rates.items()}
 peak = {side: max(m for _, m in runs) for side, runs in rates.items()}
-print(json.dumps(dict(model=a.model.name, dtype=a.dtype, method=a.method, recompute=a.recompute, tokens_per_s=median, peak_mib=peak,
+print(json.dumps(dict(model=a.model.name, dtype=a.dtype, method=a.method, recompute=a.recompute, labelled=a.labelled or TOKENS, tokens_per_s=median, peak_mib=peak,
                       step_time_ratio=round(median["peft"] / median["prefixd"], 3), peak_ratio=round(peak["prefixd"] / peak["peft"], 3), runs=rates)))

@@ -10,6 +10,7 @@ use crate::kv::KvPool;
 use crate::ops::activation::Activation;
 use crate::ops::cross_entropy::{CrossEntropy, cross_entropy};
 use crate::ops::embed::{self, Embedding, RowSource};
+use crate::ops::feed_forward::feed_forward;
 use crate::ops::float;
 use crate::ops::gpu::{Buffer, DeviceRows, Gpu};
 use crate::ops::kv_write::device::{Projection, project};
@@ -258,8 +259,10 @@ impl Decoder {
     pub fn activation_bytes_per_row(&self) -> usize {
         let c = &self.config;
         let (q, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        // On the processor `feed_forward` keeps what enters its activation alone.
+        let between = if self.machine.gpu().is_some() { 3 } else { 2 };
         // Norms, residuals and the layer's input; q, k, v before and after RoPE and apart; what attention gives; up.
-        4 * (6 * c.hidden_size + 3 * (q + 2 * kv) + q + 3 * c.intermediate_size)
+        4 * (6 * c.hidden_size + 3 * (q + 2 * kv) + q + between * c.intermediate_size)
     }
 
     /// Bytes that the activations of a step of `rows` rows take at most on a GPU: what one layer has at once, and the logits of a
@@ -319,23 +322,23 @@ impl Decoder {
             Residual::Sequential => {
                 let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
                 let x = layer.o.forward_add(&attention, x)?;
-                layer.down.forward_add(&self.up(layer, &norms[1].forward(&x)?)?, &x)?
+                self.feed_forward(layer, &norms[1].forward(&x)?, Some(&x))?
             }
             Residual::Parallel => {
                 let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
-                let up = self.up(layer, &norms[1].forward(x)?)?;
-                layer.down.forward_add(&up, &layer.o.forward_add(&attention, x)?)?
+                let residual = layer.o.forward_add(&attention, x)?;
+                self.feed_forward(layer, &norms[1].forward(x)?, Some(&residual))?
             }
             Residual::Sandwich => {
                 let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
                 let x = (norms[1].forward(&layer.o.forward(&attention)?)? + x)?;
-                let up = self.up(layer, &norms[2].forward(&x)?)?;
-                (norms[3].forward(&layer.down.forward(&up)?)? + x)?
+                let fed = self.feed_forward(layer, &norms[2].forward(&x)?, None)?;
+                (norms[3].forward(&fed)? + x)?
             }
             Residual::Post => {
                 let attention = self.attention(index, x, pass)?;
                 let x = norms[0].forward(&layer.o.forward_add(&attention, x)?)?;
-                norms[1].forward(&layer.down.forward_add(&self.up(layer, &x)?, &x)?)?
+                norms[1].forward(&self.feed_forward(layer, &x, Some(&x))?)?
             }
         })
     }
@@ -378,21 +381,13 @@ impl Decoder {
                 if let (Some(device), Some(gpu)) = (device, self.machine.gpu()) {
                     return Ok(device.attention(gpu, &qkv, *stored, facts.attention)?);
                 }
-                let width = kv_heads * dim;
-                let rows = |part: usize| -> Result<Tensor> {
-                    let own = qkv.narrow(1, heads * dim + part * width, width)?;
-                    let Some(stored) = stored else { return Ok(own.contiguous()?) };
-                    let stored = stored.narrow(1, part * width, width)?;
-                    Ok(Tensor::cat(&[stored, own], 0)?.contiguous()?)
-                };
-                let q = qkv.narrow(1, 0, heads * dim)?.contiguous()?;
-                Ok(packed_attention(&q, &rows(0)?, &rows(1)?, plan, facts.attention, &self.machine)?)
+                Ok(packed_attention(&qkv, *stored, plan, facts.attention, &self.machine)?)
             }
         }
     }
 
-    fn up(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
-        Ok(self.activation.forward(&layer.up.forward(x)?)?)
+    fn feed_forward(&self, layer: &Layer, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        Ok(feed_forward(x, residual, &layer.up, &self.activation, &layer.down)?)
     }
 
     /// Hidden rows `[n, hidden]` of [`Decoder::forward`] -> logits `[n, vocab]`.

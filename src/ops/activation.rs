@@ -83,6 +83,38 @@ impl Activation {
         }
     }
 
+    /// x `[m, width]` -> y and its width, as plain elements.
+    pub(super) fn rows(&self, x: &[f32], (m, width): (usize, usize)) -> Result<(Vec<f32>, usize)> {
+        if self.gated && width % 2 != 0 {
+            bail!("activation: x is [{m}, {width}], the width of [gate | up] must be even");
+        }
+        let out_width = self.width_of(width);
+        let y = make_rows(&self.machine.pool, m, out_width, |first, y| {
+            for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(out_width)) {
+                let (gate, up) = x.split_at(out_width);
+                self.row(gate, up, y);
+            }
+        });
+        Ok((y, out_width))
+    }
+
+    /// x `[m, width]` and dy -> dx, as plain elements.
+    pub(super) fn row_gradients(&self, x: &[f32], (m, width): (usize, usize), dy: &[f32]) -> Vec<f32> {
+        let out = self.width_of(width);
+        make_rows(&self.machine.pool, m, width, |first, dx| {
+            let rows = x[first * width..].chunks_exact(width).zip(dy[first * out..].chunks_exact(out));
+            for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
+                let (gate, up) = x.split_at(out);
+                self.row_gradient(gate, up, dy, dx);
+            }
+        })
+    }
+
+    /// Width of y.
+    fn width_of(&self, width: usize) -> usize {
+        if self.gated { width / 2 } else { width }
+    }
+
     /// One row; `up` is empty if not gated.
     fn row(&self, x: &[f32], up: &[f32], y: &mut [f32]) {
         match self.function {
@@ -110,19 +142,9 @@ impl CustomOp1 for Activation {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(x, layout, "activation")?;
         let (m, width) = layout.shape().dims2()?;
-        if self.gated && width % 2 != 0 {
-            bail!("activation: x is [{m}, {width}], the width of [gate | up] must be even");
-        }
-        let out_width = if self.gated { width / 2 } else { width };
-        let y = make_rows(&self.machine.pool, m, out_width, |first, y| {
-            for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(out_width)) {
-                let (gate, up) = x.split_at(out_width);
-                self.row(gate, up, y);
-            }
-        });
-        Ok((CpuStorage::F32(y), (m, out_width).into()))
+        let (y, width) = self.rows(slice(x, layout, "activation")?, (m, width))?;
+        Ok((CpuStorage::F32(y), (m, width).into()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
@@ -140,16 +162,8 @@ impl CustomOp2 for Gradient {
 
     fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, dy: &CpuStorage, dyl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (slice(x, xl, "activation")?, slice(dy, dyl, "activation")?);
-        let (m, width) = xl.shape().dims2()?;
-        let out = if self.0.gated { width / 2 } else { width };
-        let dx = make_rows(&self.0.machine.pool, m, width, |first, dx| {
-            let rows = x[first * width..].chunks_exact(width).zip(dy[first * out..].chunks_exact(out));
-            for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
-                let (gate, up) = x.split_at(out);
-                self.0.row_gradient(gate, up, dy, dx);
-            }
-        });
-        Ok((CpuStorage::F32(dx), (m, width).into()))
+        let shape = xl.shape().dims2()?;
+        Ok((CpuStorage::F32(self.0.row_gradients(x, shape, dy)), shape.into()))
     }
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 use super::activation::{Activation, Function};
 use super::embed::{Embedding, RowSource, embed};
+use super::feed_forward::feed_forward;
 use super::float::{bf16_to_f32, f32_to_bf16};
 use super::linear::{Isa, Kind, Linear, Packed, Scratch};
 use super::norm::{HeadNorm, Norm};
@@ -80,9 +81,7 @@ fn linear_input_gradient() {
                 rounded.iter_mut().for_each(|d| *d = round(d));
             }
             let run = |dy: &[f32], threads| {
-                let mut dx = vec![f32::NAN; dy.len() / n * k];
-                packed.backward(dy, dy.len() / n, &mut dx, &mut Scratch::default(), &Machine::new(threads).pool);
-                dx
+                packed.backward(dy, dy.len() / n, &mut Scratch::default(), &Machine::new(threads).pool)
             };
             let all = run(&dy, 2);
             for r in 0..m {
@@ -108,6 +107,29 @@ fn activations() {
     // Differences are no judge at relu's corner: away from it.
     let op = Activation::new(Function::Relu, false, &Machine::new(1));
     check("relu", (2, 9), |x| op.forward(&((x * 100.0)? + 0.5)?));
+}
+
+/// As one op: the gradient, and the bits of its parts.
+#[test]
+fn feed_forwards() {
+    let machine = Machine::new(2);
+    let (m, hidden, inner) = (3, 20, 35);
+    let residual = Tensor::from_vec(noise(4, m * hidden), (m, hidden), &Device::Cpu).unwrap();
+    for gated in [false, true] {
+        let between = if gated { 2 * inner } else { inner };
+        let small = |t: Tensor| (t * 0.2).unwrap();
+        let up = Linear::new(&[small(weight(between, hidden))], &[None], &machine).unwrap();
+        let down = Linear::new(&[small(weight(hidden, inner))], &[None], &machine).unwrap();
+        let activation = Activation::new(Function::Silu, gated, &machine);
+        let of = |x: &Tensor, residual: Option<&Tensor>| feed_forward(x, residual, &up, &activation, &down);
+        check("feed forward", (m, hidden), |x| of(x, None));
+        check("feed forward beside a residual", (m, hidden), |x| of(x, Some(&residual)));
+        check("feed forward's residual", (m, hidden), |r| of(&residual, Some(r)));
+        let parts = activation.forward(&up.forward(&residual).unwrap()).unwrap();
+        let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(flat(of(&residual, None).unwrap()), flat(down.forward(&parts).unwrap()));
+        assert_eq!(flat(of(&residual, Some(&residual)).unwrap()), flat(down.forward_add(&parts, &residual).unwrap()));
+    }
 }
 
 #[test]

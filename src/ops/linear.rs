@@ -167,14 +167,31 @@ impl Linear {
     }
 
     fn product(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<Vec<f32>> {
-        let x = slice(x, layout, "linear")?;
-        let (m, k) = layout.shape().dims2()?;
-        let Some(weight) = self.packed() else { bail!("linear: the weight is not on the CPU") };
+        self.rows(slice(x, layout, "linear")?, layout.shape().dims2()?, residual)
+    }
+
+    /// x `[m, k]` -> `[m, n]`, the residual's shape, as plain elements.
+    pub(super) fn rows(&self, x: &[f32], (m, k): (usize, usize), residual: Option<&[f32]>) -> Result<Vec<f32>> {
+        let weight = self.on_host()?;
         if k != weight.k() {
             bail!("linear: x is [{m}, {k}], the weight [{}, {}]", weight.n(), weight.k());
         }
         let add = Addends { bias: self.bias.as_deref(), residual };
         Ok(weight.forward(x, m, add, &mut self.machine.scratch(), &self.machine.pool))
+    }
+
+    /// dy `[m, n]` -> dx `[m, k]`, as plain elements.
+    pub(super) fn row_gradients(&self, dy: &[f32], (m, n): (usize, usize)) -> Result<Vec<f32>> {
+        let weight = self.on_host()?;
+        if n != weight.n() {
+            bail!("linear: dy is [{m}, {n}], the weight [{}, {}]", weight.n(), weight.k());
+        }
+        Ok(weight.backward(dy, m, &mut self.machine.scratch(), &self.machine.pool))
+    }
+
+    fn on_host(&self) -> Result<&Packed> {
+        let Some(weight) = self.packed() else { bail!("linear: the weight is not on the CPU") };
+        Ok(weight)
     }
 }
 
@@ -201,15 +218,9 @@ impl CustomOp1 for InputGradient {
     }
 
     fn cpu_fwd(&self, dy: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let Some(weight) = self.0.packed() else { bail!("linear: the weight is not on the CPU") };
-        let (m, n) = layout.shape().dims2()?;
-        if n != weight.n() {
-            bail!("linear: dy is [{m}, {n}], the weight [{}, {}]", weight.n(), weight.k());
-        }
-        let mut dx = vec![0f32; m * weight.k()];
-        let machine = &self.0.machine;
-        weight.backward(slice(dy, layout, "linear")?, m, &mut dx, &mut machine.scratch(), &machine.pool);
-        Ok((CpuStorage::F32(dx), (m, weight.k()).into()))
+        let shape = layout.shape().dims2()?;
+        let dx = self.0.row_gradients(slice(dy, layout, "linear")?, shape)?;
+        Ok((CpuStorage::F32(dx), (shape.0, self.0.k()).into()))
     }
 }
 

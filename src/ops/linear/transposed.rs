@@ -84,13 +84,12 @@ const BLOCK_BYTES: usize = 64 << 10;
 const UNIT: usize = 2;
 
 impl Packed {
-    /// dx `[m, k]` = dy `[m, n]` W. Row-major, contiguous, overwrites dx.
-    pub fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32], scratch: &mut Scratch, pool: &Pool) {
+    /// dy `[m, n]` -> dy W `[m, k]`. Row-major, contiguous.
+    pub fn backward(&self, dy: &[f32], m: usize, scratch: &mut Scratch, pool: &Pool) -> Vec<f32> {
         let (n, k) = (self.n, self.k());
         assert_eq!(dy.len(), m * n);
-        assert_eq!(dx.len(), m * k);
-        if m == 0 || k == 0 {
-            return;
+        if m * n * k == 0 {
+            return vec![0.0; m * k];
         }
         let kind = if self.kind() == Kind::F32 { Kind::F32 } else { Kind::Bf16 };
         let kernels = tile::select(kind, self.wanted_isa()).expect("it was there when the weight was packed");
@@ -101,7 +100,9 @@ impl Packed {
         let layout = RowLayout { kind, widened: kernels.widened, k: n, lines, group_lines: lines.max(1) };
         let rows = scratch.pack(dy, m, kernels.rows.len(), layout, pool);
         let (tiles, x) = (rows.tiles, Shared(rows.x.cast_mut()));
-        let (dx, block) = (Shared(dx.as_mut_ptr()), BLOCK_BYTES / (panel_lines * LINE * COLUMNS * 4));
+        // Not zeroed: one thread would do that while the others wait.
+        let mut all = Vec::<f32>::with_capacity(m * k);
+        let (dx, block) = (Shared(all.as_mut_ptr()), BLOCK_BYTES / (panel_lines * LINE * COLUMNS * 4));
         let shares = Shares::new(panels, pool.threads());
         pool.run(&|thread| {
             let mut w = Buffer::zeroed(block * panel_lines * LINE * COLUMNS);
@@ -140,6 +141,9 @@ impl Packed {
                 }
             });
         });
+        // SAFETY: the first block of each tile and panel writes its elements, and all panels are done.
+        unsafe { all.set_len(m * k) };
+        all
     }
 
     /// Rows of stored panel `stored` and 32 columns of k, from 32 * `panel` on, into `out` `[dwords of n][32]`. Columns past the

@@ -1,30 +1,31 @@
 //! The same attention over packed rows, with its gradient: what training runs.
 //!
-//! K and V are rows `[n, kv_heads * head_dim]`: the prefixes of all jobs and the own rows of all sequences, in any
-//! order. The forward pass puts them into pages and runs the kernel that serves, so both give the same bits.
+//! Rows are those of the fused projection, `[q | k | v]`; prefixes may lie before them, as stored rows `[k | v]`. The forward pass
+//! puts K and V into pages and runs the kernel that serves, so both give the same bits.
 pub mod device;
 mod gradient;
 mod on_device;
 
 use super::super::kv_write::{Part, kv_write};
-use super::{Attention, KvLayout, PAGE, Plan, SequenceView, prefix_attention};
+use super::{Attention, KvLayout, PAGE, Plan, PrefixAttention, SequenceView};
 use crate::ops::Machine;
 use crate::ops::slice;
 pub use on_device::PackedOnDevice;
 
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Where the rows of one sequence are.
+/// Where the rows of one sequence are. Rows of K and V count from the first stored one on: the stored prefixes of all jobs, then
+/// those of the projection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedSequence {
     /// Its rows of q.
     pub queries: Range<usize>,
     /// Rows of K and V that it attends to in full; sequences may share them.
     pub prefix: Range<usize>,
-    /// Its own rows of K and V, as many as queries.
+    /// Its own rows of K and V: those of its queries.
     pub own: Range<usize>,
 }
 
@@ -38,29 +39,54 @@ pub struct PackedPlan {
     pub heads: usize,
 }
 
-/// q `[m, heads * head_dim]`, k and v `[n, kv_heads * head_dim]` -> `[m, heads * head_dim]`, differentiable in all three.
+/// `qkv` `[m, (heads + 2 * kv_heads) * head_dim]` and the rows before it, `stored` `[stored, 2 * kv_heads * head_dim]`, K then V ->
+/// `[m, heads * head_dim]`, differentiable in both.
 pub fn packed_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    qkv: &Tensor,
+    stored: Option<&Tensor>,
     plan: &Arc<PackedPlan>,
     attention: Attention,
     machine: &Arc<Machine>,
 ) -> Result<Tensor> {
-    q.apply_op3(k, v, Packed { plan: plan.clone(), attention, machine: machine.clone() })
+    let op = Packed { plan: plan.clone(), attention, machine: machine.clone() };
+    match stored {
+        Some(stored) => qkv.apply_op2(stored, op),
+        None => qkv.apply_op1(op),
+    }
 }
 
-#[derive(Clone)]
 struct Packed {
     plan: Arc<PackedPlan>,
     attention: Attention,
     machine: Arc<Machine>,
 }
 
+/// Rows as they come: stored ones `[k | v]`, then `[q | k | v]`.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    qkv: &'a [f32],
+    stored: &'a [f32],
+}
+
 impl PackedPlan {
+    /// Elements of a row of q, and of one of K.
+    fn widths(&self) -> (usize, usize) {
+        (self.heads * self.layout.head_dim, self.layout.kv_heads * self.layout.head_dim)
+    }
+
+    /// K and V of a row `[k | v]`: whether it is stored, and its first element there or in the projection.
+    fn place(&self, row: usize, stored: usize) -> (bool, usize) {
+        let (q, kv) = self.widths();
+        match row.checked_sub(stored) {
+            None => (true, row * 2 * kv),
+            Some(own) => (false, own * (q + 2 * kv) + q),
+        }
+    }
+
+    /// `m` rows of q, `n` of K and V, `widths` of each.
     fn check(&self, m: usize, n: usize, widths: [usize; 3]) -> Result<()> {
-        let KvLayout { kv_heads, head_dim } = self.layout;
-        let want = [self.heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
+        let (kv_heads, (q, kv)) = (self.layout.kv_heads, self.widths());
+        let want = [q, kv, kv];
         if widths != want || kv_heads == 0 || !self.heads.is_multiple_of(kv_heads) {
             bail!("packed_attention: rows of {widths:?}, the plan has {want:?}");
         }
@@ -105,52 +131,108 @@ impl PackedPlan {
     }
 }
 
-impl CustomOp3 for Packed {
+impl Packed {
+    fn run(
+        &self,
+        qkv: &CpuStorage,
+        layout: &Layout,
+        stored: Option<(&CpuStorage, &Layout)>,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (m, width) = layout.shape().dims2()?;
+        let (q_width, kv_width) = self.plan.widths();
+        let mut rows = Rows { qkv: slice(qkv, layout, "packed_attention")?, stored: &[] };
+        let mut count = 0;
+        if let Some((stored, layout)) = stored {
+            let (n, width) = layout.shape().dims2()?;
+            if width != 2 * kv_width {
+                bail!("packed_attention: stored rows of {width}, the plan has {}", 2 * kv_width);
+            }
+            (count, rows.stored) = (n, slice(stored, layout, "packed_attention")?);
+        }
+        self.plan.check(m, count + m, [width.saturating_sub(2 * kv_width), kv_width, kv_width])?;
+        if let Some(s) = self.plan.sequences.iter().find(|s| s.own.start != count + s.queries.start) {
+            bail!("packed_attention: own rows of {s:?} are not those of its queries, after {count} stored ones");
+        }
+        let (plan, slots, pages) = self.plan.paged();
+        let KvLayout { kv_heads, head_dim } = self.plan.layout;
+        let mut kv = Vec::with_capacity(slots.len() * 2 * kv_width);
+        for (_, row) in &slots {
+            let (is_stored, at) = self.plan.place(*row, count);
+            let from = if is_stored { rows.stored } else { rows.qkv };
+            kv.extend_from_slice(&from[at..at + 2 * kv_width]);
+        }
+        let kv = Tensor::from_vec(kv, (slots.len(), 2 * kv_width), &Device::Cpu)?;
+        let slots: Arc<[u32]> = slots.iter().map(|s| s.0).collect();
+        let keys = Tensor::zeros((pages.max(1), kv_heads, head_dim, PAGE), DType::F32, &Device::Cpu)?;
+        let values = Tensor::zeros((pages.max(1), kv_heads, PAGE, head_dim), DType::F32, &Device::Cpu)?;
+        kv_write(&keys, &kv, Part::Key, self.plan.layout, &slots, 0)?;
+        kv_write(&values, &kv, Part::Value, self.plan.layout, &slots, kv_width)?;
+        let ((keys, keys_l), (values, values_l)) = (keys.storage_and_layout(), values.storage_and_layout());
+        let (Storage::Cpu(keys), Storage::Cpu(values)) = (&*keys, &*values) else {
+            bail!("packed_attention: pages that are not on the CPU")
+        };
+        let op = PrefixAttention { plan: Arc::new(plan), attention: self.attention, machine: self.machine.clone() };
+        let (out, shape) = op.over::<f32>((qkv, layout), (keys, keys_l), (values, values_l))?;
+        debug_assert_eq!(shape.dims(), [m, q_width]);
+        Ok((out, shape))
+    }
+
+    /// Of qkv, and of the stored rows.
+    fn gradients(
+        &self,
+        qkv: &Tensor,
+        stored: Option<&Tensor>,
+        out: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let guards = [Some(qkv), stored, Some(out), Some(&dy)].map(|t| t.map(Tensor::storage_and_layout));
+        let mut slices = [&[] as &[f32]; 4];
+        for (slice_of, guard) in slices.iter_mut().zip(&guards) {
+            let Some((storage, layout)) = guard else { continue };
+            let Storage::Cpu(storage) = &**storage else { bail!("packed_attention: rows that are not on the CPU") };
+            *slice_of = slice(storage, layout, "packed_attention")?;
+        }
+        let [rows, stored_rows, out, grad] = slices;
+        let input = gradient::Input { op: self, rows: Rows { qkv: rows, stored: stored_rows }, out, grad };
+        let (d_qkv, d_stored) = input.gradients();
+        let d_stored = stored.map(|s| Tensor::from_vec(d_stored, s.shape(), &Device::Cpu)).transpose()?;
+        Ok((Tensor::from_vec(d_qkv, qkv.shape(), &Device::Cpu)?, d_stored))
+    }
+}
+
+impl CustomOp1 for Packed {
     fn name(&self) -> &'static str {
         "packed_attention"
     }
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_l: &Layout,
-        k: &CpuStorage,
-        k_l: &Layout,
-        v: &CpuStorage,
-        v_l: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let ((m, width), (n, kv_width)) = (q_l.shape().dims2()?, k_l.shape().dims2()?);
-        self.plan.check(m, n, [width, kv_width, v_l.shape().dims2()?.1])?;
-        let (plan, slots, pages) = self.plan.paged();
-        let KvLayout { kv_heads, head_dim } = self.plan.layout;
-        let tensor = |s, l, rows: usize| {
-            Tensor::from_slice(slice::<f32>(s, l, "packed_attention")?, (rows, kv_width), &Device::Cpu)
-        };
-        let rows = Tensor::from_vec(slots.iter().map(|s| s.1 as u32).collect(), slots.len(), &Device::Cpu)?;
-        let slots: Arc<[u32]> = slots.iter().map(|s| s.0).collect();
-        let keys = Tensor::zeros((pages.max(1), kv_heads, head_dim, PAGE), DType::F32, &Device::Cpu)?;
-        let values = Tensor::zeros((pages.max(1), kv_heads, PAGE, head_dim), DType::F32, &Device::Cpu)?;
-        kv_write(&keys, &tensor(k, k_l, n)?.index_select(&rows, 0)?, Part::Key, self.plan.layout, &slots, 0)?;
-        kv_write(&values, &tensor(v, v_l, n)?.index_select(&rows, 0)?, Part::Value, self.plan.layout, &slots, 0)?;
-        let q = Tensor::from_slice(slice::<f32>(q, q_l, "packed_attention")?, (m, width), &Device::Cpu)?;
-        let out = prefix_attention(&q, &keys, &values, &Arc::new(plan), self.attention, &self.machine)?;
-        Ok((CpuStorage::F32(out.flatten_all()?.to_vec1()?), (m, width).into()))
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run(qkv, layout, None)
+    }
+
+    fn bwd(&self, qkv: &Tensor, out: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.gradients(qkv, None, out, dy)?.0))
+    }
+}
+
+impl CustomOp2 for Packed {
+    fn name(&self) -> &'static str {
+        "packed_attention_stored"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout, s: &CpuStorage, sl: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run(qkv, layout, Some((s, sl)))
     }
 
     fn bwd(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        qkv: &Tensor,
+        stored: &Tensor,
         out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let flat = |t: &Tensor| t.contiguous()?.flatten_all()?.to_vec1::<f32>();
-        let (q_rows, k_rows, v_rows, out, grad) = (flat(q)?, flat(k)?, flat(v)?, flat(out)?, flat(grad)?);
-        let input = gradient::Rows { op: self, q: &q_rows, k: &k_rows, v: &v_rows, out: &out, grad: &grad };
-        let (dq, dk, dv) = input.gradients();
-        let tensor = |data: Vec<f32>, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
-        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (d_qkv, d_stored) = self.gradients(qkv, Some(stored), out, dy)?;
+        Ok((Some(d_qkv), d_stored))
     }
 }
 

@@ -303,7 +303,11 @@ fn packed_rows() {
                 Tensor::from_vec(values, (rows, heads * head_dim), &Device::Cpu).unwrap()
             };
             let (q, k, v) = (tensor(1, q, heads), tensor(2, own, 2), tensor(3, own, 2));
-            let want = super::super::packed_attention(&q, &k, &v, &packed, attention, &Machine::new(1)).unwrap();
+            let rows = |t: &Tensor, from: usize, to: usize| t.narrow(0, from, to - from).unwrap();
+            let stored = Tensor::cat(&[rows(&k, 0, 24), rows(&v, 0, 24)], 1).unwrap();
+            let qkv = Tensor::cat(&[q.clone(), rows(&k, 24, own), rows(&v, 24, own)], 1).unwrap();
+            let machine = Machine::new(1);
+            let want = super::super::packed_attention(&qkv, Some(&stored), &packed, attention, &machine).unwrap();
             let (want, m) = (want.flatten_all().unwrap().to_vec1::<f32>().unwrap(), q.dim(0).unwrap());
             let (views, table) = packed_views(&packed);
             let mut all: Option<(Vec<u32>, Vec<f32>)> = None;

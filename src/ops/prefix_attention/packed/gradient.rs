@@ -5,7 +5,7 @@
 //! t_j = 1 - (s_j / c)^2 is the slope of the cap (1 without one). Scores are computed again, a block of rows at a time: nothing
 //! of the size rows x rows is kept. A prefix that several sequences share gets the sum of their shares, in their order.
 use super::super::{Attention, KvLayout};
-use super::{Packed, PackedSequence};
+use super::{Packed, PackedSequence, Rows};
 use crate::ops::dense::{Matrix, add_product};
 use crate::ops::{Shared, float};
 use std::sync::{Mutex, PoisonError};
@@ -15,12 +15,10 @@ const ROWS: usize = 32;
 /// Keys are counted in so many: one vector.
 const LANES: usize = 16;
 
-/// What the gradient reads: q, out and grad `[m, heads * head_dim]`, k and v `[n, kv_heads * head_dim]`.
-pub(super) struct Rows<'a> {
+/// What the gradient reads: the rows, and out and grad `[m, heads * head_dim]`.
+pub(super) struct Input<'a> {
     pub op: &'a Packed,
-    pub q: &'a [f32],
-    pub k: &'a [f32],
-    pub v: &'a [f32],
+    pub rows: Rows<'a>,
     pub out: &'a [f32],
     pub grad: &'a [f32],
 }
@@ -28,15 +26,17 @@ pub(super) struct Rows<'a> {
 /// Shares of one sequence and KV head in the gradient of its prefix: dk, then dv, `[prefix, head_dim]` each.
 type PrefixShare = Mutex<Vec<f32>>;
 
-impl Rows<'_> {
-    /// Of q, k and v.
-    pub(super) fn gradients(&self) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+impl Input<'_> {
+    /// Of the projection, and of the stored rows.
+    pub(super) fn gradients(&self) -> (Vec<f32>, Vec<f32>) {
         let plan = &*self.op.plan;
         let KvLayout { kv_heads, head_dim: dim } = plan.layout;
-        let (mut dq, mut dk, mut dv) = (vec![0f32; self.q.len()], vec![0f32; self.k.len()], vec![0f32; self.v.len()]);
+        let mut d_stored = vec![0f32; self.rows.stored.len()];
+        // Not zeroed: each row is a query and an own row of one sequence.
+        let mut d_qkv = Vec::<f32>::with_capacity(self.rows.qkv.len());
         let units = plan.sequences.len() * kv_heads;
         let shares: Vec<PrefixShare> = (0..units).map(|_| Mutex::default()).collect();
-        let out = [Shared(dq.as_mut_ptr()), Shared(dk.as_mut_ptr()), Shared(dv.as_mut_ptr())];
+        let out = Shared(d_qkv.as_mut_ptr());
         self.op.machine.pool.for_each(units, |unit| {
             let (s, head) = (&plan.sequences[unit / kv_heads], unit % kv_heads);
             let mut part = HeadGradient::new(self, s, head);
@@ -45,23 +45,41 @@ impl Rows<'_> {
             let share = unsafe { part.store(out) };
             *shares[unit].lock().unwrap_or_else(PoisonError::into_inner) = share;
         });
+        // SAFETY: the plan was checked: its sequences cover all rows, and their units all heads of q, K and V.
+        unsafe { d_qkv.set_len(self.rows.qkv.len()) };
+        let (stored, width) = (self.stored(), kv_heads * dim);
         for (unit, share) in shares.into_iter().enumerate() {
             let (s, head) = (&plan.sequences[unit / kv_heads], unit % kv_heads);
             let share = share.into_inner().unwrap_or_else(PoisonError::into_inner);
             let (keys, values) = share.split_at(s.prefix.len() * dim);
             for (i, row) in s.prefix.clone().enumerate() {
-                let at = (row * kv_heads + head) * dim;
-                dk[at..at + dim].iter_mut().zip(&keys[i * dim..]).for_each(|(d, x)| *d += x);
-                dv[at..at + dim].iter_mut().zip(&values[i * dim..]).for_each(|(d, x)| *d += x);
+                let (is_stored, at) = plan.place(row, stored);
+                let of_row = if is_stored { &mut d_stored } else { &mut d_qkv };
+                for (at, share) in [(at + head * dim, keys), (at + width + head * dim, values)] {
+                    of_row[at..at + dim].iter_mut().zip(&share[i * dim..]).for_each(|(d, x)| *d += x);
+                }
             }
         }
-        (dq, dk, dv)
+        (d_qkv, d_stored)
+    }
+
+    /// Rows before the projection's.
+    fn stored(&self) -> usize {
+        self.rows.stored.len() / (2 * self.op.plan.widths().1)
+    }
+
+    /// K (part 0) or V (part 1) of a row and a head.
+    fn key_value(&self, row: usize, part: usize, head: usize) -> &[f32] {
+        let (plan, dim) = (&*self.op.plan, self.op.plan.layout.head_dim);
+        let (is_stored, at) = plan.place(row, self.stored());
+        let from = if is_stored { self.rows.stored } else { self.rows.qkv };
+        &from[at + part * plan.widths().1 + head * dim..][..dim]
     }
 }
 
 /// The gradient of one sequence and KV head, dense: prefix and own rows are one list of keys.
 struct HeadGradient<'a> {
-    rows: &'a Rows<'a>,
+    input: &'a Input<'a>,
     sequence: &'a PackedSequence,
     head: usize,
     /// `[keys, head_dim]`, and transposed `[head_dim, padded]`.
@@ -78,15 +96,15 @@ struct HeadGradient<'a> {
 }
 
 impl<'a> HeadGradient<'a> {
-    fn new(rows: &'a Rows<'a>, sequence: &'a PackedSequence, head: usize) -> Self {
-        let plan = &*rows.op.plan;
-        let (group, dim, kv_heads) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim, plan.layout.kv_heads);
+    fn new(input: &'a Input<'a>, sequence: &'a PackedSequence, head: usize) -> Self {
+        let plan = &*input.op.plan;
+        let (group, dim) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim);
         let keys = sequence.prefix.len() + sequence.own.len();
         let padded = keys.next_multiple_of(LANES);
-        let gather = |from: &[f32]| {
+        let gather = |part: usize| {
             let (mut rows, mut turned) = (Vec::with_capacity(keys * dim), vec![0f32; dim * padded]);
             for (j, row) in sequence.prefix.clone().chain(sequence.own.clone()).enumerate() {
-                let row = &from[(row * kv_heads + head) * dim..][..dim];
+                let row = input.key_value(row, part, head);
                 rows.extend_from_slice(row);
                 row.iter().enumerate().for_each(|(d, x)| turned[d * padded + j] = *x);
             }
@@ -94,22 +112,23 @@ impl<'a> HeadGradient<'a> {
         };
         let zeros = |n: usize| vec![0f32; n * dim];
         HeadGradient {
-            k: gather(rows.k),
-            v: gather(rows.v),
+            k: gather(0),
+            v: gather(1),
             padded,
             dq: zeros(sequence.queries.len() * group),
             dk: zeros(keys),
             dv: zeros(keys),
-            rows,
+            input,
             sequence,
             head,
         }
     }
 
     fn run(&mut self) {
-        let plan = &*self.rows.op.plan;
+        let plan = &*self.input.op.plan;
         let (group, dim) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim);
-        let Attention { window, causal, .. } = self.rows.op.attention;
+        let (q_width, kv_width) = plan.widths();
+        let Attention { window, causal, .. } = self.input.op.attention;
         let (prefix, own) = (self.sequence.prefix.len(), self.sequence.own.len());
         let step = (ROWS / group).max(1);
         let rows = step * group;
@@ -120,10 +139,11 @@ impl<'a> HeadGradient<'a> {
             let rows = (end - start) * group;
             // The heads of a group are neighbours within a row.
             for i in start..end {
-                let at = ((self.sequence.queries.start + i) * plan.heads + self.head * group) * dim;
-                let to = (i - start) * group * dim;
-                q[to..to + group * dim].copy_from_slice(&self.rows.q[at..at + group * dim]);
-                grad[to..to + group * dim].copy_from_slice(&self.rows.grad[at..at + group * dim]);
+                let (row, heads) = (self.sequence.queries.start + i, self.head * group * dim);
+                let to = (i - start) * group * dim..(i - start + 1) * group * dim;
+                let from = &self.input.rows.qkv[row * (q_width + 2 * kv_width) + heads..];
+                q[to.clone()].copy_from_slice(&from[..group * dim]);
+                grad[to].copy_from_slice(&self.input.grad[row * q_width + heads..][..group * dim]);
             }
             // Keys that any row of the block sees, in whole vectors.
             let first = window.map_or(0, |w| (prefix + start + 1).saturating_sub(w)) / LANES * LANES;
@@ -143,9 +163,9 @@ impl<'a> HeadGradient<'a> {
                 let at =
                     ((self.sequence.queries.start + start + r / group) * plan.heads + self.head * group + r % group)
                         * dim;
-                let (g, out) = (&grad[r * dim..(r + 1) * dim], &self.rows.out[at..at + dim]);
+                let (g, out) = (&grad[r * dim..(r + 1) * dim], &self.input.out[at..at + dim]);
                 let (p, ds) = (&mut p[r * width..(r + 1) * width], &mut ds[r * width..(r + 1) * width]);
-                of_scores(p, ds, seen, self.rows.op.attention, g, out);
+                of_scores(p, ds, seen, self.input.op.attention, g, out);
             }
             let keys = last - first;
             let (k, range) = (&self.k[0][first * dim..], first * dim..last * dim);
@@ -157,24 +177,24 @@ impl<'a> HeadGradient<'a> {
         }
     }
 
-    /// Writes dq and the own rows of dk and dv to their places; returns those of the prefix.
+    /// Writes dq and the own rows of dk and dv to their places in `[q | k | v]`; returns those of the prefix.
     ///
     /// # Safety
     /// Nobody else writes this sequence's rows of this head.
-    unsafe fn store(mut self, [dq, dk, dv]: [Shared<f32>; 3]) -> Vec<f32> {
-        let (plan, s) = (&*self.rows.op.plan, self.sequence);
-        let (group, dim, kv_heads) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim, plan.layout.kv_heads);
+    unsafe fn store(mut self, d_qkv: Shared<f32>) -> Vec<f32> {
+        let (plan, s) = (&*self.input.op.plan, self.sequence);
+        let (group, dim) = (plan.heads / plan.layout.kv_heads, plan.layout.head_dim);
+        let (q_width, kv_width) = plan.widths();
         let prefix = s.prefix.len() * dim;
-        let put = |to: Shared<f32>, at: usize, from: &[f32]| {
+        let put = |at: usize, from: &[f32]| {
             // SAFETY: the caller's, and the plan was checked against the rows.
-            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.get().add(at), from.len()) }
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), d_qkv.get().add(at), from.len()) }
         };
-        for i in 0..s.own.len() {
-            let at = ((s.queries.start + i) * plan.heads + self.head * group) * dim;
-            put(dq, at, &self.dq[i * group * dim..][..group * dim]);
-            let at = ((s.own.start + i) * kv_heads + self.head) * dim;
-            put(dk, at, &self.dk[prefix + i * dim..][..dim]);
-            put(dv, at, &self.dv[prefix + i * dim..][..dim]);
+        for (i, row) in s.queries.clone().enumerate() {
+            let at = row * (q_width + 2 * kv_width);
+            put(at + self.head * group * dim, &self.dq[i * group * dim..][..group * dim]);
+            put(at + q_width + self.head * dim, &self.dk[prefix + i * dim..][..dim]);
+            put(at + q_width + kv_width + self.head * dim, &self.dv[prefix + i * dim..][..dim]);
         }
         self.dk.truncate(prefix);
         self.dk.extend_from_slice(&self.dv[..prefix]);

@@ -61,34 +61,54 @@ fn attentions() -> [Attention; 4] {
     ]
 }
 
+/// Widths of rows of q and of K, and the rows: stored ones, then own ones.
+const QW: usize = 24;
+const KW: usize = 12;
+const STORED: usize = 24;
+const OWN: usize = 31;
+
+/// `[q | k | v]` and stored `[k | v]` as q, K and V.
+fn apart([qkv, stored]: [&[f32]; 2]) -> [Vec<f32>; 3] {
+    let own = |from: usize, to: usize| qkv.chunks(QW + 2 * KW).flat_map(move |row| row[from..to].to_vec());
+    let kv = |part: usize| {
+        let stored = stored.chunks(2 * KW).flat_map(|row| row[part * KW..(part + 1) * KW].to_vec());
+        stored.chain(own(QW + part * KW, QW + (part + 1) * KW)).collect()
+    };
+    [own(0, QW).collect(), kv(0), kv(1)]
+}
+
 #[test]
 fn gradients_agree_with_finite_differences() {
     let plan = plan();
-    let (m, n) = (31, 55);
-    let (qw, kw) = (plan.heads * LAYOUT.head_dim, LAYOUT.kv_heads * LAYOUT.head_dim);
-    let data = [noise(1, m * qw), noise(2, n * kw), noise(3, n * kw), noise(4, m * qw)];
+    let data = [noise(1, OWN * (QW + 2 * KW)), noise(2, STORED * 2 * KW)];
+    let r = noise(4, OWN * QW);
+    let loss = |attention, [qkv, stored]: [&[f32]; 2]| {
+        let [q, k, v] = apart([qkv, stored]);
+        loss(&plan, attention, [&q, &k, &v, &r])
+    };
     for attention in attentions() {
-        let var = |i: usize, rows: usize, width: usize| {
-            Var::from_tensor(&Tensor::from_slice(&data[i], (rows, width), &Device::Cpu).unwrap()).unwrap()
+        let var = |i: usize, rows: usize| {
+            let shape = (rows, data[i].len() / rows);
+            Var::from_tensor(&Tensor::from_slice(&data[i], shape, &Device::Cpu).unwrap()).unwrap()
         };
-        let (q, k, v) = (var(0, m, qw), var(1, n, kw), var(2, n, kw));
-        let out = packed_attention(&q, &k, &v, &plan, attention, &Machine::new(2)).unwrap();
-        let r = Tensor::from_slice(&data[3], (m, qw), &Device::Cpu).unwrap();
+        let (qkv, stored) = (var(0, OWN), var(1, STORED));
+        let out = packed_attention(&qkv, Some(&stored), &plan, attention, &Machine::new(2)).unwrap();
+        let r = Tensor::from_slice(&r, (OWN, QW), &Device::Cpu).unwrap();
         let total = (out * r).unwrap().sum_all().unwrap();
-        let want = loss(&plan, attention, [&data[0], &data[1], &data[2], &data[3]]);
+        let want = loss(attention, [&data[0], &data[1]]);
         assert!((f64::from(total.to_scalar::<f32>().unwrap()) - want).abs() < 1e-3 * want.abs().max(1.0));
         let gradients = total.backward().unwrap();
-        for (which, var) in [&q, &k, &v].into_iter().enumerate() {
+        for (which, var) in [&qkv, &stored].into_iter().enumerate() {
             let got = gradients.get(var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             // Every element is too many; a stride that shares no factor with the shapes meets all of them.
             for i in (0..got.len()).step_by(7) {
                 let mut moved = data.clone();
                 let h = 1e-3f32;
                 moved[which][i] = data[which][i] + h;
-                let above = loss(&plan, attention, [&moved[0], &moved[1], &moved[2], &moved[3]]);
+                let above = loss(attention, [&moved[0], &moved[1]]);
                 let up = f64::from(moved[which][i]);
                 moved[which][i] = data[which][i] - h;
-                let below = loss(&plan, attention, [&moved[0], &moved[1], &moved[2], &moved[3]]);
+                let below = loss(attention, [&moved[0], &moved[1]]);
                 let want = (above - below) / (up - f64::from(moved[which][i]));
                 let got = f64::from(got[i]);
                 assert!((got - want).abs() < 2e-4 * want.abs().max(1.0), "{attention:?} {which} {i}: {got} {want}");
@@ -101,29 +121,49 @@ fn gradients_agree_with_finite_differences() {
 #[test]
 fn a_sequence_alone_has_the_same_gradient() {
     let all = plan();
-    let (m, n) = (31, 55);
-    let (qw, kw) = (all.heads * LAYOUT.head_dim, LAYOUT.kv_heads * LAYOUT.head_dim);
-    let (q, k, v, r) = (noise(1, m * qw), noise(2, n * kw), noise(3, n * kw), noise(4, m * qw));
-    let run = |plan: &Arc<PackedPlan>, q: &[f32], r: &[f32], threads| {
-        let rows = q.len() / qw;
+    let width = QW + 2 * KW;
+    let (qkv, stored, r) = (noise(1, OWN * width), noise(2, STORED * 2 * KW), noise(4, OWN * QW));
+    let run = |plan: &Arc<PackedPlan>, qkv: &[f32], r: &[f32], threads| {
         let var = |x: &[f32], w: usize| {
             Var::from_tensor(&Tensor::from_slice(x, (x.len() / w, w), &Device::Cpu).unwrap()).unwrap()
         };
-        let (q, k, v) = (var(q, qw), var(&k, kw), var(&v, kw));
-        let out = packed_attention(&q, &k, &v, plan, attentions()[0], &Machine::new(threads)).unwrap();
-        let r = Tensor::from_slice(r, (rows, qw), &Device::Cpu).unwrap();
+        let (qkv, stored) = (var(qkv, width), var(&stored, 2 * KW));
+        let out = packed_attention(&qkv, Some(&stored), plan, attentions()[0], &Machine::new(threads)).unwrap();
+        let r = Tensor::from_slice(r, (r.len() / QW, QW), &Device::Cpu).unwrap();
         let gradients = (out * r).unwrap().sum_all().unwrap().backward().unwrap();
-        [&q, &k, &v].map(|x| gradients.get(x).unwrap().to_vec2::<f32>().unwrap())
+        [&qkv, &stored].map(|x| gradients.get(x).unwrap().to_vec2::<f32>().unwrap())
     };
-    let together = run(&all, &q, &r, 2);
+    let together = run(&all, &qkv, &r, 2);
     let s = all.sequences[2].clone();
-    let part = s.queries.start * qw..s.queries.end * qw;
-    let one = PackedSequence { queries: 0..s.queries.len(), ..s.clone() };
+    let rows = |x: &[f32], w: usize| x[s.queries.start * w..s.queries.end * w].to_vec();
+    let one = PackedSequence { queries: 0..s.queries.len(), prefix: s.prefix.clone(), own: 24..24 + s.queries.len() };
     let alone = PackedPlan { sequences: vec![one], layout: LAYOUT, heads: 4 };
-    let alone = run(&Arc::new(alone), &q[part.clone()], &r[part], 1);
+    let alone = run(&Arc::new(alone), &rows(&qkv, width), &rows(&r, QW), 1);
     assert_eq!(together[0][s.queries.clone()], alone[0][..]);
-    for i in [1, 2] {
-        assert_eq!(together[i][s.own.clone()], alone[i][s.own.clone()]);
-        assert_eq!(together[i][s.prefix.clone()], alone[i][s.prefix.clone()]);
-    }
+    assert_eq!(together[1][s.prefix.clone()], alone[1][s.prefix.clone()]);
+    assert!(alone[1][..5].iter().flatten().all(|x| *x == 0.0), "rows that nobody sees");
+}
+
+/// Rows of one sequence as the prefix of another, and no stored rows at all: what virtual tokens are.
+#[test]
+fn own_rows_may_be_a_prefix() {
+    let first = PackedSequence { queries: 0..5, prefix: 0..0, own: 0..5 };
+    let second = PackedSequence { queries: 5..9, prefix: 0..5, own: 5..9 };
+    let whole = PackedSequence { queries: 0..9, prefix: 0..0, own: 0..9 };
+    let rows = noise(1, 9 * (QW + 2 * KW));
+    let run = |sequences: Vec<PackedSequence>| {
+        let plan = Arc::new(PackedPlan { sequences, layout: LAYOUT, heads: 4 });
+        let qkv = Var::from_tensor(&Tensor::from_slice(&rows, (9, QW + 2 * KW), &Device::Cpu).unwrap()).unwrap();
+        let out = packed_attention(&qkv, None, &plan, attentions()[0], &Machine::new(2))?;
+        let r = Tensor::from_slice(&noise(4, 9 * QW), (9, QW), &Device::Cpu)?;
+        let gradients = (&out * r)?.sum_all()?.backward()?;
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        Ok::<_, candle_core::Error>((flat(&out), flat(gradients.get(&qkv).unwrap())))
+    };
+    let (out, gradient) = run(vec![first.clone(), second.clone()]).unwrap();
+    let (want_out, want) = run(vec![whole]).unwrap();
+    let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs().max(1.0));
+    assert!(close(&out, &want_out) && close(&gradient, &want));
+    let e = run(vec![first, PackedSequence { own: 4..8, ..second }]).unwrap_err().to_string();
+    assert!(e.contains("own: 4..8"), "{e}");
 }

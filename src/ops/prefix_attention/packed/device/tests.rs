@@ -79,9 +79,23 @@ impl Case {
     /// Gradients by the CPU's op.
     fn reference(&self) -> [Vec<f32>; 3] {
         let op = Packed { plan: self.plan.clone(), attention: self.attention, machine: Machine::new(1) };
-        let [q, k, v, out, grad] = self.wide.each_ref().map(flat);
-        let (dq, dk, dv) = gradient::Rows { op: &op, q: &q, k: &k, v: &v, out: &out, grad: &grad }.gradients();
-        [dq, dk, dv]
+        let [q, k, v, out, grad] = &self.wide;
+        let (m, n) = (q.dim(0).unwrap(), k.dim(0).unwrap());
+        let (stored, (q_width, kv_width)) = (n - m, self.plan.widths());
+        let part = |t: &Tensor, from: usize, to: usize| t.narrow(0, from, to - from).unwrap();
+        let qkv = flat(&Tensor::cat(&[q.clone(), part(k, stored, n), part(v, stored, n)], 1).unwrap());
+        let before = flat(&Tensor::cat(&[part(k, 0, stored), part(v, 0, stored)], 1).unwrap());
+        let rows = super::super::Rows { qkv: &qkv, stored: &before };
+        let (d_qkv, d_stored) = gradient::Input { op: &op, rows, out: &flat(out), grad: &flat(grad) }.gradients();
+        let columns = |rows: &[f32], width: usize, from: usize, to: usize| -> Vec<f32> {
+            rows.chunks(width).flat_map(|row| row[from..to].to_vec()).collect()
+        };
+        let [dk, dv] = [0, 1].map(|part| {
+            let (from, to) = (part * kv_width, (part + 1) * kv_width);
+            let own = columns(&d_qkv, q_width + 2 * kv_width, q_width + from, q_width + to);
+            [columns(&d_stored, 2 * kv_width, from, to), own].concat()
+        });
+        [columns(&d_qkv, q_width + 2 * kv_width, 0, q_width), dk, dv]
     }
 
     fn run(&self, order: u32, prefix_rows: usize) -> Gradients {
