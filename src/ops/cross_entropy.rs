@@ -10,7 +10,7 @@ use super::{Linear, Shared, float};
 use candle_core::{Result, Tensor, bail};
 
 /// Rows whose logits are held at once.
-pub const CHUNK: usize = 64;
+pub const CHUNK: usize = 128;
 
 /// What the head makes of hidden rows that have targets.
 pub struct CrossEntropy {

@@ -7,6 +7,7 @@ use super::activation::Activation;
 use super::linear::Linear;
 use super::slice;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// x `[m, hidden]`, residual `[m, hidden]` -> `[m, hidden]`, differentiable in both.
@@ -43,35 +44,56 @@ struct FeedForward {
     down: Linear,
     /// Whether there is a way back.
     keep: bool,
-    /// What enters the activation.
-    between: OnceLock<Vec<f32>>,
+    /// What enters the activation, of each block of rows.
+    between: OnceLock<Vec<Vec<f32>>>,
+}
+
+/// Rows that go through all parts before the next ones: what lies between the parts stays in the last cache.
+const BLOCK_ROWS: usize = 256;
+
+/// The rows of each block of `m`, of nearly equal size.
+fn blocks(m: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = m.div_ceil(BLOCK_ROWS);
+    (0..count).map(move |i| i * m / count..(i + 1) * m / count)
 }
 
 impl FeedForward {
     fn run(&self, x: &CpuStorage, layout: &Layout, residual: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
-        let (m, k) = layout.shape().dims2()?;
-        let between = self.up.rows(slice(x, layout, "feed_forward")?, (m, k), None)?;
-        let (active, width) = self.activation.rows(&between, (m, self.up.n()))?;
+        let ((m, k), (width, n)) = (layout.shape().dims2()?, (self.up.n(), self.down.n()));
+        let x = slice(x, layout, "feed_forward")?;
+        let (mut all, mut kept) = (Vec::with_capacity(m * n), Vec::new());
+        for rows in blocks(m) {
+            let between = self.up.rows(&x[rows.start * k..rows.end * k], (rows.len(), k), None)?;
+            let (active, inner) = self.activation.rows(&between, (rows.len(), width))?;
+            if self.keep {
+                kept.push(between);
+            } else {
+                drop(between);
+            }
+            let residual = residual.map(|r| &r[rows.start * n..rows.end * n]);
+            all.extend_from_slice(&self.down.rows(&active, (rows.len(), inner), residual)?);
+        }
         if self.keep {
             // A second run has the same bits.
-            let _ = self.between.set(between);
-        } else {
-            drop(between);
+            let _ = self.between.set(kept);
         }
-        let y = self.down.rows(&active, (m, width), residual)?;
-        Ok((CpuStorage::F32(y), (m, self.down.n()).into()))
+        Ok((CpuStorage::F32(all), (m, n).into()))
     }
 
     fn gradient(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
         let Some(between) = self.between.get() else { bail!("feed_forward: a way back where none was expected") };
-        let (dy, m) = (dy.contiguous()?, x.dim(0)?);
+        let dy = dy.contiguous()?;
         let (storage, layout) = dy.storage_and_layout();
         let Storage::Cpu(dy) = &*storage else { bail!("feed_forward: dy is not on the CPU") };
-        let d_active = self.down.row_gradients(slice(dy, layout, "feed_forward")?, layout.shape().dims2()?)?;
-        let shape = (m, self.up.n());
-        let d_between = self.activation.row_gradients(between, shape, &d_active);
-        drop(d_active);
-        Tensor::from_vec(self.up.row_gradients(&d_between, shape)?, x.shape(), x.device())
+        let (dy, (m, n), width) = (slice(dy, layout, "feed_forward")?, layout.shape().dims2()?, self.up.n());
+        let mut all = Vec::with_capacity(x.elem_count());
+        for (rows, between) in blocks(m).zip(between) {
+            let d_active = self.down.row_gradients(&dy[rows.start * n..rows.end * n], (rows.len(), n))?;
+            let d_between = self.activation.row_gradients(between, (rows.len(), width), &d_active);
+            drop(d_active);
+            all.extend_from_slice(&self.up.row_gradients(&d_between, (rows.len(), width))?);
+        }
+        Tensor::from_vec(all, x.shape(), x.device())
     }
 }
 

@@ -132,6 +132,29 @@ fn feed_forwards() {
     }
 }
 
+/// Rows go through in blocks of 256, there and back: each has the bits of a batch of its own.
+#[test]
+fn feed_forwards_in_blocks() {
+    let machine = Machine::new(2);
+    let (m, hidden, inner) = (600, 20, 35);
+    let up = Linear::new(&[weight(2 * inner, hidden)], &[None], &machine).unwrap();
+    let down = Linear::new(&[weight(hidden, inner)], &[None], &machine).unwrap();
+    let activation = Activation::new(Function::Silu, true, &machine);
+    let both = |x: &Tensor, weights: &Tensor| {
+        let x = Var::from_tensor(x).unwrap();
+        let y = feed_forward(&x, Some(&x), &up, &activation, &down).unwrap();
+        let dx = (&y * weights).unwrap().sum_all().unwrap().backward().unwrap().remove(&x).unwrap();
+        Tensor::cat(&[&y.detach(), &dx.detach()], 1).unwrap().to_vec2::<f32>().unwrap()
+    };
+    let rows = |seed| Tensor::from_vec(noise(seed, m * hidden), (m, hidden), &Device::Cpu).unwrap();
+    let (x, weights) = (rows(5), rows(6));
+    let all = both(&x, &weights);
+    for i in [0, 199, 200, 400, m - 1] {
+        let row = |t: &Tensor| t.narrow(0, i, 1).unwrap().copy().unwrap();
+        assert_eq!(both(&row(&x), &row(&weights))[0], all[i], "row {i}");
+    }
+}
+
 #[test]
 fn norms() {
     let (w, b) = (noise(7, 19), noise(8, 19));

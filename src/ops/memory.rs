@@ -20,8 +20,8 @@ mod glibc {
     /// Buffers from here on come from the system each time.
     const LARGE: c_int = 512 << 20;
 
-    /// All that there is, up to what a `c_int` can say.
-    const ALL: c_int = c_int::MAX;
+    /// All that there is: mallopt(3) says what -1 means. The largest `c_int` is 2 GiB, less than eight jobs of 2 x 128 keep.
+    const ALL: c_int = -1;
 
     pub fn hold() {
         // SAFETY: as below.

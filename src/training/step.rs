@@ -11,7 +11,7 @@ use crate::ops::Machine;
 use crate::ops::cross_entropy::CHUNK;
 use crate::ops::embed::RowSource;
 use crate::ops::prefix_attention::PackedSequence;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -159,36 +159,73 @@ impl Step {
         let Some(part) = self.parts.get_mut(index) else {
             return Ok(if self.train { Stage::Backward } else { Stage::Done });
         };
-        let all = part.targets.len();
-        // A head reads few rows, once; the vocabulary is wide.
-        let to = if part.head.is_some() { all } else { all.min(from + CHUNK) };
-        let (hidden, wanted) = self.pass.wanted(model, part.wanted.start + from..part.wanted.start + to)?;
-        let gradient = match &part.head {
-            None => part.token_losses(model, &wanted, from..to)?,
-            Some(_) => part.class_losses(model, &wanted)?,
-        };
-        if let Some(gradient) = gradient {
-            self.pass.add_gradient(of(&back(&wanted, &gradient)?, &hidden)?)?;
-        } else if self.train {
-            self.pass.add_gradient(hidden.zeros_like()?)?;
+        if part.head.is_some() {
+            // A head reads few rows, once; the vocabulary is wide.
+            let (hidden, wanted) = self.pass.wanted(model, part.wanted.clone())?;
+            let gradient = part.class_losses(model, &wanted)?;
+            self.add_gradient(&hidden, &wanted, gradient)?;
+            return Ok(Stage::Loss(index + 1, 0));
         }
-        Ok(if to < all { Stage::Loss(index, to) } else { Stage::Loss(index + 1, 0) })
+        let first = part.wanted.start + from;
+        let (some, next) = chunk(&mut self.parts, index, from);
+        let rows = some.iter().map(|(_, range)| range.len()).sum::<usize>();
+        let (hidden, wanted) = self.pass.wanted(model, first..first + rows)?;
+        let gradient = token_losses(model, &wanted, some)?;
+        self.add_gradient(&hidden, &wanted, gradient)?;
+        Ok(next)
+    }
+
+    fn add_gradient(&mut self, hidden: &Var, wanted: &Tensor, gradient: Option<Tensor>) -> Result<()> {
+        match gradient {
+            Some(gradient) => self.pass.add_gradient(of(&back(wanted, &gradient)?, hidden)?)?,
+            None if self.train => self.pass.add_gradient(hidden.zeros_like()?)?,
+            None => {}
+        }
+        Ok(())
     }
 }
 
-impl Part {
-    /// Losses of some wanted rows; their gradient, if this job trains.
-    fn token_losses(&mut self, model: &Model, wanted: &Tensor, range: Range<usize>) -> Result<Option<Tensor>> {
-        let losses = model.cross_entropy(wanted, &self.targets[range], self.train)?;
-        self.outcome.nll += losses.nll.iter().sum::<f64>();
-        self.right.extend(losses.greedy);
-        Ok(losses.gradient.map(|g| g / self.divisor as f64).transpose()?)
+/// The next targets from one of a part on, of all parts in a row that predict tokens: jobs share the readings of the
+/// vocabulary's rows. With the stage that follows.
+fn chunk(parts: &mut [Part], mut index: usize, mut from: usize) -> (Vec<(&mut Part, Range<usize>)>, Stage) {
+    let (mut some, mut room) = (Vec::new(), CHUNK);
+    for part in parts[index..].iter_mut().take_while(|part| part.head.is_none()) {
+        let all = part.targets.len();
+        let to = all.min(from + room);
+        room -= to - from;
+        some.push((part, from..to));
+        (index, from) = if to < all { (index, to) } else { (index + 1, 0) };
+        if room == 0 {
+            break;
+        }
     }
+    (some, Stage::Loss(index, from))
+}
 
+/// Losses of some wanted rows, which belong to some targets of some parts; the gradient, if any of those trains.
+fn token_losses(model: &Model, wanted: &Tensor, some: Vec<(&mut Part, Range<usize>)>) -> Result<Option<Tensor>> {
+    let targets: Vec<u32> = some.iter().flat_map(|(part, range)| part.targets[range.clone()].iter().copied()).collect();
+    let losses = model.cross_entropy(wanted, &targets, some.iter().any(|(part, _)| part.train))?;
+    let (mut gradients, mut start) = (Vec::new(), 0);
+    for (part, range) in some {
+        let end = start + range.len();
+        // One by one: the sum does not depend on where chunks end.
+        losses.nll[start..end].iter().for_each(|nll| part.outcome.nll += nll);
+        part.right.extend_from_slice(&losses.greedy[start..end]);
+        if let Some(gradient) = &losses.gradient {
+            let gradient = gradient.narrow(0, start, range.len())?;
+            gradients.push(if part.train { (gradient / part.divisor as f64)? } else { gradient.zeros_like()? });
+        }
+        start = end;
+    }
+    Ok(if gradients.is_empty() { None } else { Some(Tensor::cat(&gradients, 0)?) })
+}
+
+impl Part {
     fn class_losses(&mut self, model: &Model, wanted: &Tensor) -> Result<Option<Tensor>> {
         let Some(head) = &self.head else { return Ok(None) };
         // The head that is learnt is small, and f32 on the processor; the base's pooler is where the base is.
-        let pooled = candle_core::Var::from_tensor(&wanted.detach())?;
+        let pooled = Var::from_tensor(&wanted.detach())?;
         let logits = head.forward(&Machine::to_host(&model.pool(&pooled)?)?)?; // [examples, classes]
         let classes = logits.dim(1)?;
         let most = logits.detach().max_keepdim(1)?;

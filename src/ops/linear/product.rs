@@ -2,20 +2,22 @@
 use super::buffer::Buffer;
 use super::pack::{RowScale, pack_rows};
 use super::packed::Packed;
-use super::tile::{COLUMNS, LINE, Tile};
+use super::tile::{COLUMNS, Kind, LINE, Tile};
 use crate::ops::{Pool, Shared};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Packed x kept hot in L2 while a chunk of panels streams by.
-const X_BLOCK_BYTES: usize = 256 << 10;
+pub(super) const X_BLOCK_BYTES: usize = 256 << 10;
 /// Distance of the prefetch when one tile covers all rows.
 const PREFETCH_BYTES: usize = 8192;
 /// W of one step of k, and of one line.
 const STEP_BYTES: usize = COLUMNS * 4;
 const LINE_BYTES: usize = LINE * STEP_BYTES;
-/// W in one unit of work.
-const CHUNK_BYTES: usize = 1 << 20;
+/// Lines of k of a block where x is larger than L2: 64 KiB of W a panel.
+const BLOCK_LINES: usize = 32;
+/// W in one unit of work and block of k.
+const CHUNK_BYTES: usize = 448 << 10;
 /// Below so many elements of x the caller packs alone.
 const PARALLEL_PACK: usize = 1 << 14;
 
@@ -55,6 +57,15 @@ impl Tiles {
     pub fn start(&self, tile: usize) -> usize {
         tile * self.m / self.count
     }
+
+    /// The end of the tiles from `first` on, one at least, that have up to `most` rows together.
+    pub fn within(&self, first: usize, most: usize) -> usize {
+        let mut end = first + 1;
+        while end < self.count && self.start(end + 1) - self.start(first) <= most {
+            end += 1;
+        }
+        end
+    }
 }
 
 /// x as the tiles read it: line l of row r of a tile of M rows that starts at row s is line s * lines + l * M + r - s; its scales are at s * groups + g * M + r - s.
@@ -84,8 +95,7 @@ impl Scratch {
         let (out, scales) = (Shared(self.x.as_mut_ptr()), Shared(self.scales.as_mut_ptr()));
         let wide = m * layout.k >= PARALLEL_PACK;
         // A tile is cut where one tile alone would be the work of one thread.
-        let parts =
-            if wide && layout.kind != super::Kind::Int8 { (pool.threads() * 2).div_ceil(tiles.count) } else { 1 };
+        let parts = if wide && layout.kind != Kind::Int8 { (pool.threads() * 2).div_ceil(tiles.count) } else { 1 };
         let parts = parts.min(layout.lines.max(1));
         let pack = |unit: usize| {
             let (tile, part) = (unit / parts, unit % parts);
@@ -154,9 +164,7 @@ impl Packed {
         let rows = scratch.pack(x, m, self.kernels.rows.len(), self.rows, pool);
         let (x, scales) = (Shared(rows.x.cast_mut()), Shared(rows.scales.cast_mut()));
         let panels = self.n.div_ceil(COLUMNS);
-        // Where all of x stays in L2, panels go one by one; else some share the reading of a block of x.
-        let small = m * self.rows.dwords() * 4 <= 2 * X_BLOCK_BYTES;
-        let chunk = if small { 1 } else { (CHUNK_BYTES / (self.panel * 4)).max(1) };
+        let (block, chunk) = self.block(m);
         let shares = Shares::new(panels, pool.threads());
         // Not zeroed: at hundreds of rows that would cost a tenth of the product.
         let mut all = Vec::with_capacity(m * self.n);
@@ -165,7 +173,7 @@ impl Packed {
             let rows = PackedRows { tiles: rows.tiles, x: x.get(), scales: scales.get() };
             shares.each(thread, chunk, |some| {
                 // SAFETY: columns of distinct panels are disjoint.
-                unsafe { self.panels(some, &rows, y.get(), add) }
+                unsafe { self.panels(some, block, &rows, y.get(), add) }
             });
         });
         // SAFETY: the first block of each tile and panel writes its elements, and all panels are done.
@@ -173,55 +181,71 @@ impl Packed {
         all
     }
 
-    /// All rows times some panels: blocks of x stay in L2, W streams by.
+    /// Lines of k, whole groups, and panels, that are multiplied with all rows before the next ones.
+    fn block(&self, m: usize) -> (usize, usize) {
+        // Where all of x stays in L2, panels go one by one; else some share the reading of a block of x.
+        if m * self.rows.dwords() * 4 <= 2 * X_BLOCK_BYTES {
+            return (self.rows.lines, 1);
+        }
+        let step = if self.kind() == Kind::Int8 { self.rows.group_lines } else { 1 };
+        let steps = self.rows.lines.div_ceil(step);
+        let blocks = steps.div_ceil((BLOCK_LINES / step).max(1));
+        let lines = steps.div_ceil(blocks) * step;
+        (lines, (CHUNK_BYTES / (lines * LINE_BYTES)).max(1))
+    }
+
+    /// All rows times some panels, `block` lines of k at a time: blocks of x stay in L2, W streams by.
     ///
     /// # Safety
     /// `rows` holds the packed tiles, `y` is `[m, n]`, and nobody else writes these panels' columns.
-    unsafe fn panels(&self, panels: Range<usize>, rows: &PackedRows, y: *mut f32, add: Addends<'_>) {
-        let (lines, groups) = (self.rows.lines, self.rows.groups());
-        let (dwords, tiles) = (self.rows.dwords(), rows.tiles);
-        let block_rows = X_BLOCK_BYTES / (dwords * 4);
-        let mut t0 = 0;
-        while t0 < tiles.count {
-            let mut t1 = t0 + 1;
-            while t1 < tiles.count && tiles.start(t1 + 1) - tiles.start(t0) <= block_rows {
-                t1 += 1;
-            }
-            for p in panels.clone() {
-                let columns = COLUMNS.min(self.n - p * COLUMNS);
-                // SAFETY: in bounds by construction; prefetch addresses may run past the end (wrapping).
-                unsafe {
-                    let w = self.buffer.as_ptr().add(p * self.panel);
-                    for t in t0..t1 {
-                        let (start, end) = (tiles.start(t), tiles.start(t + 1));
-                        let prefetch = if t1 - t0 == 1 {
-                            w.cast::<u8>().wrapping_add(PREFETCH_BYTES)
-                        } else {
-                            // Each tile fetches its share of the next panel, evenly: a core has few misses under way.
-                            w.cast::<u8>().wrapping_add(self.panel * 4 + (t - t0) * lines * LINE_BYTES / (t1 - t0))
-                        };
-                        let to = y.add(start * self.n + p * COLUMNS);
-                        (self.kernels.rows[end - start - 1])(&Tile {
-                            w,
-                            x: rows.x.add(start * dwords),
-                            lines,
-                            y: to,
-                            y_stride: self.n,
-                            columns,
-                            first: true,
-                            prefetch,
-                            prefetch_step: STEP_BYTES / (t1 - t0),
-                            group_lines: self.rows.group_lines,
-                            scales: rows.scales.wrapping_add(start * groups),
-                        });
-                        for r in start..end {
-                            let y = std::slice::from_raw_parts_mut(to.add((r - start) * self.n), columns);
-                            add.to(y, r * self.n, p * COLUMNS);
+    unsafe fn panels(&self, panels: Range<usize>, block: usize, rows: &PackedRows, y: *mut f32, add: Addends<'_>) {
+        let (layout, groups, tiles) = (&self.rows, self.rows.groups(), rows.tiles);
+        for first in (0..layout.lines).step_by(block) {
+            let lines = block.min(layout.lines - first);
+            let (group, last) = (first / layout.group_lines, first + lines == layout.lines);
+            let from = first * LINE * COLUMNS + if self.kind() == Kind::Int8 { group * COLUMNS } else { 0 };
+            let most = X_BLOCK_BYTES / (lines * layout.line() * 4);
+            let mut t0 = 0;
+            while t0 < tiles.count {
+                let t1 = tiles.within(t0, most);
+                for p in panels.clone() {
+                    let columns = COLUMNS.min(self.n - p * COLUMNS);
+                    // SAFETY: in bounds by construction; prefetch addresses may run past the end (wrapping).
+                    unsafe {
+                        let w = self.buffer.as_ptr().add(p * self.panel + from);
+                        for t in t0..t1 {
+                            let (start, end) = (tiles.start(t), tiles.start(t + 1));
+                            let prefetch = if t1 - t0 == 1 {
+                                w.cast::<u8>().wrapping_add(PREFETCH_BYTES)
+                            } else {
+                                // Each tile fetches its share of the next panel, evenly: a core has few misses under way.
+                                w.cast::<u8>().wrapping_add(self.panel * 4 + (t - t0) * lines * LINE_BYTES / (t1 - t0))
+                            };
+                            let to = y.add(start * self.n + p * COLUMNS);
+                            (self.kernels.rows[end - start - 1])(&Tile {
+                                w,
+                                x: rows.x.add(start * layout.dwords() + first * layout.line() * (end - start)),
+                                lines,
+                                y: to,
+                                y_stride: self.n,
+                                columns,
+                                first: first == 0,
+                                prefetch,
+                                prefetch_step: STEP_BYTES / (t1 - t0),
+                                group_lines: layout.group_lines,
+                                scales: rows.scales.wrapping_add(start * groups + group * (end - start)),
+                            });
+                            if last {
+                                for r in start..end {
+                                    let y = std::slice::from_raw_parts_mut(to.add((r - start) * self.n), columns);
+                                    add.to(y, r * self.n, p * COLUMNS);
+                                }
+                            }
                         }
                     }
                 }
+                t0 = t1;
             }
-            t0 = t1;
         }
     }
 }
@@ -240,7 +264,7 @@ impl Addends<'_> {
 }
 
 /// Runs the widest tile of `kind` again and again on operands that stay in the first cache; returns the multiplications.
-pub(in crate::ops) fn bench_tile(kind: super::Kind) -> u64 {
+pub(in crate::ops) fn bench_tile(kind: Kind) -> u64 {
     const LINES: usize = 8;
     const TIMES: usize = 2000;
     let kernels = super::tile::select(kind, super::Isa::Auto).expect("Auto exists on every CPU");

@@ -79,6 +79,28 @@ fn bits_do_not_depend_on_rows_or_threads() {
     }
 }
 
+/// x beyond L2 goes by blocks of k and of rows, dy too, and by several units of panels: each row's bits are those alone.
+#[test]
+fn blocks_change_no_bits() {
+    let (m, n, k) = (137, 500, 5000);
+    let pool = Pool::new(2);
+    let (w, x) = (values(n * k, 11), values(m * k, 12));
+    for p in kinds(&w, n, k, Isa::Auto) {
+        let all = run(&p, &x, m, &pool);
+        for i in [0, 63, m - 1] {
+            assert!(run(&p, &x[i * k..][..k], 1, &pool) == all[i * n..][..n], "{:?} row {i}", p.kind());
+        }
+    }
+    let (w, dy) = (values(n * k, 13), values(m * k, 14));
+    for p in kinds(&w, k, n, Isa::Auto) {
+        let back = |dy: &[f32], m| p.backward(dy, m, &mut Scratch::default(), &pool);
+        let all = back(&dy, m);
+        for i in [0, 63, m - 1] {
+            assert!(back(&dy[i * k..][..k], 1) == all[i * n..][..n], "{:?} row {i} of dy", p.kind());
+        }
+    }
+}
+
 /// Against f64, of the rounded inputs and weights: what is left is the rounding of the sum, and for int8, where a value lies
 /// between two steps almost evenly, a step.
 #[test]

@@ -7,7 +7,7 @@
 use super::buffer::Buffer;
 use super::pack::RowLayout;
 use super::packed::{Packed, dequantize};
-use super::product::{PackedRows, Scratch, Shares};
+use super::product::{PackedRows, Scratch, Shares, X_BLOCK_BYTES};
 use super::tile::{self, COLUMNS, Kind, LINE, Tile};
 use crate::ops::float::f32_to_bf16;
 use crate::ops::{Pool, Shared};
@@ -78,10 +78,10 @@ mod wide {
     }
 }
 
-/// Bytes of an unpacked panel: L2 holds it beside the tiles of dy.
+/// Bytes of an unpacked panel.
 const BLOCK_BYTES: usize = 64 << 10;
-/// Panels of one unit of work at most: they share the reading of dy.
-const UNIT: usize = 2;
+/// Panels of one unit of work at most: they share the reading of dy, and L2 holds them beside a block of it.
+const UNIT: usize = 7;
 
 impl Packed {
     /// dy `[m, n]` -> dy W `[m, k]`. Row-major, contiguous.
@@ -104,39 +104,48 @@ impl Packed {
         let mut all = Vec::<f32>::with_capacity(m * k);
         let (dx, block) = (Shared(all.as_mut_ptr()), BLOCK_BYTES / (panel_lines * LINE * COLUMNS * 4));
         let shares = Shares::new(panels, pool.threads());
+        let size = panel_lines * LINE * COLUMNS;
+        let block_size = block.min(stored) * size;
         pool.run(&|thread| {
-            let mut w = Buffer::zeroed(block * panel_lines * LINE * COLUMNS);
+            let mut w = Buffer::zeroed(UNIT.min(panels) * block_size);
             let rows = PackedRows { tiles, x: x.get(), scales: std::ptr::null() };
             shares.each(thread, UNIT, |unit| {
                 for first in (0..stored).step_by(block) {
                     let some = first..stored.min(first + block);
-                    for panel in unit.clone() {
-                        for (s, out) in
-                            some.clone().zip(w.as_mut_slice().chunks_exact_mut(panel_lines * LINE * COLUMNS))
-                        {
-                            self.unpack(s, panel, out);
+                    let w = w.as_mut_slice();
+                    for (s, from) in some.clone().enumerate() {
+                        for (blocks, panel) in w.chunks_exact_mut(block_size).zip(unit.clone()) {
+                            self.unpack(from, panel, &mut blocks[s * size..][..size]);
                         }
-                        for t in 0..tiles.count {
-                            let (start, end) = (tiles.start(t), tiles.start(t + 1));
-                            // SAFETY: whole lines of the unpacked panel and of the packed dy, and columns of dx that are this
-                            // unit's alone.
-                            unsafe {
-                                let line = start * lines + first * panel_lines * (end - start);
-                                (kernels.rows[end - start - 1])(&Tile {
-                                    w: w.as_ptr(),
-                                    x: rows.x.add(line * layout.line()),
-                                    lines: some.len() * panel_lines,
-                                    y: dx.get().add(start * k + panel * COLUMNS),
-                                    y_stride: k,
-                                    columns: COLUMNS.min(k - panel * COLUMNS),
-                                    first: first == 0,
-                                    prefetch: w.as_ptr().cast(),
-                                    prefetch_step: 0,
-                                    group_lines: lines,
-                                    scales: rows.scales,
-                                });
+                    }
+                    let most = X_BLOCK_BYTES / (some.len() * panel_lines * layout.line() * 4);
+                    let mut t0 = 0;
+                    while t0 < tiles.count {
+                        let t1 = tiles.within(t0, most);
+                        for (w, panel) in w.chunks_exact(block_size).zip(unit.clone()) {
+                            for t in t0..t1 {
+                                let (start, end) = (tiles.start(t), tiles.start(t + 1));
+                                // SAFETY: whole lines of the unpacked panel and of the packed dy, and columns of dx that are
+                                // this unit's alone.
+                                unsafe {
+                                    let line = start * lines + first * panel_lines * (end - start);
+                                    (kernels.rows[end - start - 1])(&Tile {
+                                        w: w.as_ptr(),
+                                        x: rows.x.add(line * layout.line()),
+                                        lines: some.len() * panel_lines,
+                                        y: dx.get().add(start * k + panel * COLUMNS),
+                                        y_stride: k,
+                                        columns: COLUMNS.min(k - panel * COLUMNS),
+                                        first: first == 0,
+                                        prefetch: w.as_ptr().cast(),
+                                        prefetch_step: 0,
+                                        group_lines: lines,
+                                        scales: rows.scales,
+                                    });
+                                }
                             }
                         }
+                        t0 = t1;
                     }
                 }
             });
