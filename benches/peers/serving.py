@@ -13,7 +13,8 @@ not given is left out. Adapters are random prefixes, made for the run. The parts
   many      96 requests of one adapter, and of 1000 by zipf(1) with a KV pool for 100 of them beside the requests; 32 at a time
   hot       16 streams of 96 tokens, alone, and while 100 adapters are loaded evenly over that time; itl once all decode
   memory    weights and KV pool by their size, and resident memory
-  goals     decoding at batch 1, 16 and 32 and a prompt of 512, of prefixd and of llama.cpp's own benches
+  goals     decoding at batch 1, 16 and 32 and a prompt of 512, of prefixd and of llama.cpp's own benches; own_cost: the processor
+            time of all threads of prefixd but the engine's and its helpers', by theirs, while 32 requests decode
 
 A request has 64 random tokens in and 32 out, greedy, streamed, measured from the client to the last token. All servers of a part
 stay up, idle while another side is measured; the sides take turns in every round, each with prompts that it never had. Prints a
@@ -212,6 +213,16 @@ def rss(process, key="VmRSS"):
         return round(int(next(line for line in status if line.startswith(key)).split()[1]) / 1024)
 
 
+def cpu(process):
+    """Seconds that a prefixd's threads have run: those of the model, and all others."""
+    seconds = [0.0, 0.0]
+    for task in pathlib.Path(f"/proc/{process.pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            name = (task / "comm").read_text()
+            seconds[not name.startswith(("prefixd-engine", "prefixd-cpu"))] += int((task / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
+
+
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 class Bench:
@@ -344,6 +355,23 @@ class Bench:
                 self.note("memory", f"prefixd {kind}", dict(weights_mib=round(weights), kv_pool_mib=round(pool), rss_started_mib=start, rss_mib=end,
                                                           peak_mib=rss(server.process, "VmHWM"), times=round(end / (weights + pool), 3)))
 
+    def own_cost(self, server, count):
+        """What other threads of the server cost while `count` requests decode, as a share of what the model's cost."""
+        samples, done = [], threading.Event()
+
+        def sample():
+            while not done.wait(0.1):
+                samples.append((time.perf_counter(), *cpu(server.process)))
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        run = self.ours(server, [""] * count, 160)
+        done.set()
+        sampler.join()
+        first, last = run.all_decode(), min(times[-1] for _, times in run.seen)
+        inside = [s for s in samples if first <= s[0] <= last]
+        model, others = (inside[-1][i] - inside[0][i] for i in (1, 2))
+        return {"own_cost": round(others / model, 4)}
+
     def goals(self):
         a = self.a
         store, _ = self.store("goals", 0)
@@ -354,7 +382,7 @@ class Bench:
                 def ours(server=up.enter_context(self.serve(store, *options))):
                     found = {f"decode_{n}": self.ours(server, [""] * n, 48).steady() for n in sizes}
                     (begun, times), = drive(ask_prefixd(server, 1), self.requests([""], 512), 1).seen
-                    return found | {"prefill_512": round(512 / (times[0] - begun), 1)}
+                    return found | {"prefill_512": round(512 / (times[0] - begun), 1)} | self.own_cost(server, 32)
                 sides[f"prefixd {kind}"] = ours
             for kind in ("BF16", "Q8_0", "Q4_0") if a.llama else ():
                 def theirs(gguf=f"{a.gguf}-{kind}.gguf"):
@@ -380,8 +408,8 @@ def tables(found):
         medians = {side: {k: statistics.median(r[k] for r in rounds) for k in rounds[0]} for side, rounds in sides.items()}
         keys = list(dict.fromkeys(k for m in medians.values() for k in m))
         first = next(iter(medians.values()))
-        # Every figure of the goals is a throughput.
-        rated = set(keys) if part == "goals" else {"output_throughput"}
+        # The figures of the goals are throughputs, but for one.
+        rated = set(keys) - {"own_cost"} if part == "goals" else {"output_throughput"}
         yield f"\n{part}, medians of {max(map(len, sides.values()))}; (first row / this row)"
         yield "| side | " + " | ".join(keys) + " |"
         yield "|---" * (len(keys) + 1) + "|"

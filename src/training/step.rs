@@ -167,7 +167,7 @@ impl Step {
             return Ok(Stage::Loss(index + 1, 0));
         }
         let first = part.wanted.start + from;
-        let (some, next) = chunk(&mut self.parts, index, from);
+        let (some, next) = chunk(&mut self.parts, index, from, model.gpu().is_none());
         let rows = some.iter().map(|(_, range)| range.len()).sum::<usize>();
         let (hidden, wanted) = self.pass.wanted(model, first..first + rows)?;
         let gradient = token_losses(model, &wanted, some)?;
@@ -186,8 +186,14 @@ impl Step {
 }
 
 /// The next targets from one of a part on, of all parts in a row that predict tokens: jobs share the readings of the
-/// vocabulary's rows. With the stage that follows.
-fn chunk(parts: &mut [Part], mut index: usize, mut from: usize) -> (Vec<(&mut Part, Range<usize>)>, Stage) {
+/// vocabulary's rows. With the stage that follows. Not `together`: of that part alone. On a GPU another kernel takes few rows, with
+/// other bits, and a job's would depend on who shares its last chunk.
+fn chunk(
+    parts: &mut [Part],
+    mut index: usize,
+    mut from: usize,
+    together: bool,
+) -> (Vec<(&mut Part, Range<usize>)>, Stage) {
     let (mut some, mut room) = (Vec::new(), CHUNK);
     for part in parts[index..].iter_mut().take_while(|part| part.head.is_none()) {
         let all = part.targets.len();
@@ -195,7 +201,7 @@ fn chunk(parts: &mut [Part], mut index: usize, mut from: usize) -> (Vec<(&mut Pa
         room -= to - from;
         some.push((part, from..to));
         (index, from) = if to < all { (index, to) } else { (index + 1, 0) };
-        if room == 0 {
+        if room == 0 || !together {
             break;
         }
     }
