@@ -14,10 +14,11 @@ const PREFETCH_BYTES: usize = 8192;
 /// W of one step of k, and of one line.
 const STEP_BYTES: usize = COLUMNS * 4;
 const LINE_BYTES: usize = LINE * STEP_BYTES;
-/// Lines of k of a block where x is larger than L2: 64 KiB of W a panel.
-const BLOCK_LINES: usize = 32;
-/// W in one unit of work and block of k.
-const CHUNK_BYTES: usize = 448 << 10;
+/// W of one panel in a block of k, where x is larger than L2.
+pub(super) const BLOCK_BYTES: usize = 64 << 10;
+const BLOCK_LINES: usize = BLOCK_BYTES / LINE_BYTES;
+/// W in one unit of work and block of k: L2 holds it beside a block of x.
+pub(super) const CHUNK_BYTES: usize = 7 * BLOCK_BYTES;
 /// Below so many elements of x the caller packs alone.
 const PARALLEL_PACK: usize = 1 << 14;
 
@@ -58,13 +59,17 @@ impl Tiles {
         tile * self.m / self.count
     }
 
-    /// The end of the tiles from `first` on, one at least, that have up to `most` rows together.
-    pub fn within(&self, first: usize, most: usize) -> usize {
-        let mut end = first + 1;
-        while end < self.count && self.start(end + 1) - self.start(first) <= most {
-            end += 1;
-        }
-        end
+    /// Tiles in a row, one at least, that have up to `most` rows together.
+    pub fn blocks(self, most: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            let start = first;
+            first = (start + 1).min(self.count);
+            while first < self.count && self.start(first + 1) - self.start(start) <= most {
+                first += 1;
+            }
+            (start < first).then_some(start..first)
+        })
     }
 }
 
@@ -164,7 +169,7 @@ impl Packed {
         let rows = scratch.pack(x, m, self.kernels.rows.len(), self.rows, pool);
         let (x, scales) = (Shared(rows.x.cast_mut()), Shared(rows.scales.cast_mut()));
         let panels = self.n.div_ceil(COLUMNS);
-        let (block, chunk) = self.block(m);
+        let (most_lines, chunk) = self.block(m);
         let shares = Shares::new(panels, pool.threads());
         // Not zeroed: at hundreds of rows that would cost a tenth of the product.
         let mut all = Vec::with_capacity(m * self.n);
@@ -173,7 +178,7 @@ impl Packed {
             let rows = PackedRows { tiles: rows.tiles, x: x.get(), scales: scales.get() };
             shares.each(thread, chunk, |some| {
                 // SAFETY: columns of distinct panels are disjoint.
-                unsafe { self.panels(some, block, &rows, y.get(), add) }
+                unsafe { self.panels(some, most_lines, &rows, y.get(), add) }
             });
         });
         // SAFETY: the first block of each tile and panel writes its elements, and all panels are done.
@@ -194,32 +199,31 @@ impl Packed {
         (lines, (CHUNK_BYTES / (lines * LINE_BYTES)).max(1))
     }
 
-    /// All rows times some panels, `block` lines of k at a time: blocks of x stay in L2, W streams by.
+    /// All rows times some panels, `most_lines` lines of k at a time: blocks of x stay in L2, W streams by.
     ///
     /// # Safety
     /// `rows` holds the packed tiles, `y` is `[m, n]`, and nobody else writes these panels' columns.
-    unsafe fn panels(&self, panels: Range<usize>, block: usize, rows: &PackedRows, y: *mut f32, add: Addends<'_>) {
+    unsafe fn panels(&self, panels: Range<usize>, most_lines: usize, rows: &PackedRows, y: *mut f32, add: Addends<'_>) {
         let (layout, groups, tiles) = (&self.rows, self.rows.groups(), rows.tiles);
-        for first in (0..layout.lines).step_by(block) {
-            let lines = block.min(layout.lines - first);
+        for first in (0..layout.lines).step_by(most_lines) {
+            let lines = most_lines.min(layout.lines - first);
             let (group, last) = (first / layout.group_lines, first + lines == layout.lines);
             let from = first * LINE * COLUMNS + if self.kind() == Kind::Int8 { group * COLUMNS } else { 0 };
             let most = X_BLOCK_BYTES / (lines * layout.line() * 4);
-            let mut t0 = 0;
-            while t0 < tiles.count {
-                let t1 = tiles.within(t0, most);
+            for block in tiles.blocks(most) {
                 for p in panels.clone() {
                     let columns = COLUMNS.min(self.n - p * COLUMNS);
                     // SAFETY: in bounds by construction; prefetch addresses may run past the end (wrapping).
                     unsafe {
                         let w = self.buffer.as_ptr().add(p * self.panel + from);
-                        for t in t0..t1 {
+                        for t in block.clone() {
                             let (start, end) = (tiles.start(t), tiles.start(t + 1));
-                            let prefetch = if t1 - t0 == 1 {
+                            let prefetch = if block.len() == 1 {
                                 w.cast::<u8>().wrapping_add(PREFETCH_BYTES)
                             } else {
                                 // Each tile fetches its share of the next panel, evenly: a core has few misses under way.
-                                w.cast::<u8>().wrapping_add(self.panel * 4 + (t - t0) * lines * LINE_BYTES / (t1 - t0))
+                                w.cast::<u8>()
+                                    .wrapping_add(self.panel * 4 + (t - block.start) * lines * LINE_BYTES / block.len())
                             };
                             let to = y.add(start * self.n + p * COLUMNS);
                             (self.kernels.rows[end - start - 1])(&Tile {
@@ -231,7 +235,7 @@ impl Packed {
                                 columns,
                                 first: first == 0,
                                 prefetch,
-                                prefetch_step: STEP_BYTES / (t1 - t0),
+                                prefetch_step: STEP_BYTES / block.len(),
                                 group_lines: layout.group_lines,
                                 scales: rows.scales.wrapping_add(start * groups + group * (end - start)),
                             });
@@ -244,7 +248,6 @@ impl Packed {
                         }
                     }
                 }
-                t0 = t1;
             }
         }
     }

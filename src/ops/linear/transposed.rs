@@ -7,7 +7,7 @@
 use super::buffer::Buffer;
 use super::pack::RowLayout;
 use super::packed::{Packed, dequantize};
-use super::product::{PackedRows, Scratch, Shares, X_BLOCK_BYTES};
+use super::product::{BLOCK_BYTES, CHUNK_BYTES, PackedRows, Scratch, Shares, X_BLOCK_BYTES};
 use super::tile::{self, COLUMNS, Kind, LINE, Tile};
 use crate::ops::float::f32_to_bf16;
 use crate::ops::{Pool, Shared};
@@ -78,10 +78,8 @@ mod wide {
     }
 }
 
-/// Bytes of an unpacked panel.
-const BLOCK_BYTES: usize = 64 << 10;
-/// Panels of one unit of work at most: they share the reading of dy, and L2 holds them beside a block of it.
-const UNIT: usize = 7;
+/// Panels of one unit of work at most: they share the reading of dy.
+const UNIT: usize = CHUNK_BYTES / BLOCK_BYTES;
 
 impl Packed {
     /// dy `[m, n]` -> dy W `[m, k]`. Row-major, contiguous.
@@ -102,9 +100,10 @@ impl Packed {
         let (tiles, x) = (rows.tiles, Shared(rows.x.cast_mut()));
         // Not zeroed: one thread would do that while the others wait.
         let mut all = Vec::<f32>::with_capacity(m * k);
-        let (dx, block) = (Shared(all.as_mut_ptr()), BLOCK_BYTES / (panel_lines * LINE * COLUMNS * 4));
-        let shares = Shares::new(panels, pool.threads());
+        // Dwords of one stored panel's part of a block, and how many of those a block has.
         let size = panel_lines * LINE * COLUMNS;
+        let (dx, block) = (Shared(all.as_mut_ptr()), BLOCK_BYTES / (size * 4));
+        let shares = Shares::new(panels, pool.threads());
         let block_size = block.min(stored) * size;
         pool.run(&|thread| {
             let mut w = Buffer::zeroed(UNIT.min(panels) * block_size);
@@ -119,11 +118,9 @@ impl Packed {
                         }
                     }
                     let most = X_BLOCK_BYTES / (some.len() * panel_lines * layout.line() * 4);
-                    let mut t0 = 0;
-                    while t0 < tiles.count {
-                        let t1 = tiles.within(t0, most);
+                    for tiles_of_block in tiles.blocks(most) {
                         for (w, panel) in w.chunks_exact(block_size).zip(unit.clone()) {
-                            for t in t0..t1 {
+                            for t in tiles_of_block.clone() {
                                 let (start, end) = (tiles.start(t), tiles.start(t + 1));
                                 // SAFETY: whole lines of the unpacked panel and of the packed dy, and columns of dx that are
                                 // this unit's alone.
@@ -145,7 +142,6 @@ impl Packed {
                                 }
                             }
                         }
-                        t0 = t1;
                     }
                 }
             });
