@@ -117,7 +117,18 @@ fn shorten(value: &str) -> String {
 
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        Error::internal(format!("tensor: {e}"))
+        Error::internal(format!("tensor: {}", without_trace(e)))
+    }
+}
+
+/// The error itself: with RUST_BACKTRACE candle appends a trace of its own frames, which no client is to read.
+pub fn without_trace(e: candle_core::Error) -> candle_core::Error {
+    match e {
+        candle_core::Error::WithBacktrace { inner, backtrace } => {
+            tracing::debug!(%inner, %backtrace);
+            without_trace(*inner)
+        }
+        other => other,
     }
 }
 
@@ -142,6 +153,14 @@ mod tests {
         let e = Error::invalid("sampling.temperature", -1.0, "must be 0 to 100");
         assert_eq!(e.to_string(), "`sampling.temperature` is -1, must be 0 to 100");
         assert_eq!((e.kind(), e.field()), (Kind::InvalidArgument, Some("sampling.temperature")));
+    }
+
+    #[test]
+    fn clients_read_no_traces() {
+        let inner = Box::new(candle_core::Error::Msg("no room".into()));
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let traced = candle_core::Error::WithBacktrace { inner, backtrace };
+        assert_eq!(Error::from(traced).to_string(), "tensor: no room");
     }
 
     #[test]
