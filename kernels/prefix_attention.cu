@@ -18,6 +18,8 @@
 // Work list (`plan`, made by src/ops/prefix_attention/device/plan.rs). A unit is up to 16 R query vectors (a vector: a row and a head of
 // the KV head's group) and a run of spans. A whole unit folds all spans of its rows and writes `out`; a split unit writes (m, l, o) of
 // each span, and `prefix_attention_combine` folds those of a row. Rows of sequences with the same prefix share the units of its spans.
+// The list has more units, and rows to combine, than there are: those of no rows, and of no parts, are nothing. So steps of one shape have
+// one grid and one layout of the list, and a recorded launch serves them all.
 //
 // Grid: (units, kv_heads), 128 threads. Combine: (rows, ceil(heads / 4)), a warp a head.
 //
@@ -412,6 +414,7 @@ __device__ __forceinline__ void attend_tiles(const T* q, const T* keys, const T*
     DYN_SHARED(unsigned char, shared);
     using Tiles = Tiles<T, D, R>;
     const Unit& u = a.unit();
+    if (u.count == 0) return;
     Tiles x(a, u, shared);
     x.begin(q);
 #pragma unroll 1
@@ -445,6 +448,7 @@ __device__ __forceinline__ void attend_f32(const float* q, const float* keys, co
     float* acc = stage + WARPS * a.dim + WARPS * 32;
     __shared__ float2 ml[WARPS], weight[WARPS + 1], state[MAX_VECTORS];
     const Unit& u = a.unit();
+    if (u.count == 0) return;
     const int n = u.count * u.heads, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const size_t stride = (size_t)a.kv_heads * a.dim, head = (size_t)blockIdx.y * a.dim;
     for (int v = threadIdx.x; v < n; v += THREADS) state[v] = nothing();
@@ -515,11 +519,11 @@ __device__ __forceinline__ void attend_f32(const float* q, const float* keys, co
     }
 }
 
-// Folds the spans of a row, in their order. `a.rows` is where the list of rows starts.
+// Folds the spans of a row, in their order. `a.rows` is where the rows to combine start.
 template <typename T> __device__ __forceinline__ void combine(T* out, const Args& a) {
     const CombineRow r = reinterpret_cast<const CombineRow*>(a.plan + a.rows)[blockIdx.x];
     const int head = blockIdx.y * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-    if (head >= a.heads) return;
+    if (head >= a.heads || r.count == 0) return;
     float2 state = nothing();
     float o[8] = {};
     for (int k = 0; k < r.count; k++) {

@@ -79,6 +79,7 @@ MUTATIONS = {
         ("low halves for high ones", "0x7632", "0x5410", "ops::prefix_attention::device"),
     ]),
     "prefix_attention.cu": ("ops::prefix_attention::device", [
+        ("a row of no parts combined", "if (head >= a.heads || r.count == 0) return;", "if (head >= a.heads) return;"),
         ("the barrier after Q is laid out dropped", "            to[32] = uint4{x.z, y.z, x.w, y.w};\n        }\n        __syncthreads();", "            to[32] = uint4{x.z, y.z, x.w, y.w};\n        }"),
         ("the barrier before quarters are merged dropped", "            __syncthreads();\n            if (base == 0) {", "            if (base == 0) {"),
         ("the barrier after the weights dropped", "                    state[v] = s;\n                }\n                __syncthreads();", "                    state[v] = s;\n                }"),

@@ -173,6 +173,8 @@ pub struct EngineConfig {
     pub gpu_memory_utilization: f64,
     /// Type that K and V are held in.
     pub kv_cache_dtype: KvCacheDtype,
+    /// Decoding on a GPU launches its kernels one by one, and records no CUDA graphs.
+    pub enforce_eager: bool,
     /// Longest sequence; 0: the model's own.
     pub max_model_len: usize,
     /// Threads of the CPU ops; 0: one a core.
@@ -192,6 +194,7 @@ impl Default for EngineConfig {
             kv_memory_mib: 0,
             gpu_memory_utilization: 0.9,
             kv_cache_dtype: KvCacheDtype::Auto,
+            enforce_eager: false,
             max_model_len: 0,
             threads: 0,
             prefix_caching: true,

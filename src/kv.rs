@@ -9,6 +9,7 @@ use crate::ops::kv_write::{self, Part};
 use crate::ops::prefix_attention::{KvLayout, PAGE};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::ops::prefix_attention::PAGE as PAGE_TOKENS;
 
@@ -23,10 +24,14 @@ pub fn pages_for(tokens: usize) -> usize {
 
 /// K and V of all layers. Written in place by the engine thread, which owns it.
 pub struct KvPool {
+    id: u64,
     layers: Layers,
     layout: KvLayout,
     pages: usize,
 }
+
+/// Pools made so far.
+static POOLS: AtomicU64 = AtomicU64::new(0);
 
 /// Where the layers' K and V are.
 enum Layers {
@@ -47,10 +52,11 @@ impl KvPool {
     /// A pool of `pages` of elements of `dtype`, where `machine` runs. Debug builds poison it with NaN:
     /// whatever reads a slot that nobody wrote shows at once.
     pub fn new(layout: KvLayout, num_layers: usize, pages: usize, machine: &Machine, dtype: DType) -> Result<Self> {
+        let id = POOLS.fetch_add(1, Ordering::Relaxed);
         if let Some(gpu) = machine.gpu() {
             let slabs = (0..num_layers).map(|_| Slabs::new(gpu, dtype, pages * PAGE, layout));
             let layers = Layers::Device(gpu.clone(), slabs.collect::<candle_core::Result<_>>()?);
-            return Ok(KvPool { layers, layout, pages });
+            return Ok(KvPool { id, layers, layout, pages });
         }
         let slab = |shape: (usize, usize, usize, usize)| {
             if cfg!(debug_assertions) {
@@ -65,12 +71,17 @@ impl KvPool {
                 values: slab((pages, layout.kv_heads, PAGE, layout.head_dim))?,
             })
         });
-        Ok(KvPool { layers: Layers::Host(layers.collect::<Result<_>>()?), layout, pages })
+        Ok(KvPool { id, layers: Layers::Host(layers.collect::<Result<_>>()?), layout, pages })
     }
 
     /// Bytes of one page over all layers, of elements of `dtype`.
     pub fn page_bytes(layout: KvLayout, num_layers: usize, dtype: DType) -> usize {
         2 * layout.page_len() * num_layers * dtype.size_in_bytes()
+    }
+
+    /// Its own, of all pools of the process.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// Shape of the rows.

@@ -92,6 +92,8 @@ pub struct LoadOptions {
     pub max_model_len: usize,
     /// Type that K and V are held in.
     pub kv_cache_dtype: KvCacheDtype,
+    /// Decoding on a GPU launches its kernels one by one; else steps that come again are recorded as CUDA graphs.
+    pub enforce_eager: bool,
 }
 
 impl Model {
@@ -136,7 +138,7 @@ impl Model {
         if machine.gpu().is_some() {
             checkpoint.make_uniform();
         }
-        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options.quantize, &machine)?;
+        let decoder = Decoder::load(&mut checkpoint, &config, max_model_len, options, &machine)?;
         if machine.gpu().is_some() {
             fits_kernels(&config, decoder.activation_dtype())?;
         }

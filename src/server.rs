@@ -242,6 +242,7 @@ async fn load_model(config: &Config) -> Result<Model> {
         threads: config.engine.threads,
         max_model_len: config.engine.max_model_len,
         kv_cache_dtype: config.engine.kv_cache_dtype,
+        enforce_eager: config.engine.enforce_eager,
     };
     blocking(move || Model::load(&source::resolve(&name)?, options)).await
 }

@@ -39,7 +39,8 @@ pub(super) struct Bench {
         long,
         value_name = "URL",
         conflicts_with_all = ["model", "adapters", "device", "dtype", "quantize", "max_sequences", "max_batch_tokens", "max_queue",
-            "max_model_len", "kv_tokens", "kv_memory_mib", "kv_cache_dtype", "threads"]
+            "max_model_len", "kv_tokens", "kv_memory_mib", "kv_cache_dtype",
+            "gpu_memory_utilization", "enforce_eager", "threads"]
     )]
     server: Option<String>,
     #[command(flatten)]

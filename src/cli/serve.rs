@@ -126,6 +126,10 @@ struct Engine {
     #[arg(long, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu_memory_utilization: Option<f64>,
+    /// Launch a GPU's kernels one by one, without CUDA graphs.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    enforce_eager: bool,
     /// CPU threads of the model; 0: one a core.
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

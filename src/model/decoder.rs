@@ -1,10 +1,12 @@
 //! The one decoder, of which an encoder is the case where every row sees all: attention over prefix and own pages,
 //! a feed-forward part, norms and residuals where the family has them.
+mod steps;
+
+use super::LoadOptions;
 use super::batch::{Batch, PackedBatch};
 use super::config::{ModelConfig, Positions, Residual, Up};
 use super::layer::{Layer, Loader};
 use super::weights::Checkpoint;
-use crate::config::Quantize;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::activation::Activation;
@@ -16,14 +18,15 @@ use crate::ops::gpu::{Buffer, DeviceRows, Gpu};
 use crate::ops::kv_write::device::{Projection, project};
 use crate::ops::linear::Linear;
 use crate::ops::norm::Norm;
-use crate::ops::prefix_attention::device::{self, DevicePlan};
+use crate::ops::prefix_attention::device::{self, DevicePlan, Uploads};
 use crate::ops::prefix_attention::{
     Attention, KvLayout, PAGE, PackedOnDevice, PackedPlan, Plan, packed_attention, prefix_attention,
 };
 use crate::ops::rope::{self, Frequencies, Heads, Turns};
 use crate::ops::{Machine, Vector};
 use candle_core::{DType, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use steps::{Graphs, Shape, Steps};
 
 /// Bytes for attention's partial results on a GPU. What finds no room is not split, which changes no bit.
 const SCRATCH: usize = 64 << 20;
@@ -43,6 +46,8 @@ pub struct Decoder {
     activation: Activation,
     /// For attention's partial results, on a GPU.
     scratch: Option<Arc<Buffer>>,
+    /// Of serving, on a GPU.
+    steps: Option<Mutex<Steps>>,
     machine: Arc<Machine>,
     config: ModelConfig,
 }
@@ -91,7 +96,7 @@ impl Decoder {
         checkpoint: &mut Checkpoint<'_>,
         config: &ModelConfig,
         positions: usize,
-        quantize: Quantize,
+        LoadOptions { quantize, enforce_eager, .. }: LoadOptions,
         machine: &Arc<Machine>,
     ) -> Result<Self> {
         let names = config.family.names;
@@ -130,6 +135,11 @@ impl Decoder {
             let (inv_freq, scale) = r.frequencies(positions);
             Ok(Arc::new(Frequencies { inv_freq: Vector::new(inv_freq, machine)?, scale }))
         });
+        let scratch = machine.gpu().map(|gpu| Buffer::poisoned(gpu, SCRATCH)).transpose()?.map(Arc::new);
+        let steps = machine.gpu().zip(scratch.as_ref()).map(|(gpu, scratch)| -> Result<_> {
+            let graphs = (!enforce_eager).then(Graphs::default);
+            Ok(Mutex::new(Steps { uploads: Uploads::new(gpu, scratch)?, no_soft: machine.rows(&[], hidden)?, graphs }))
+        });
         let gated = !matches!(names.up, Up::Plain(_));
         Ok(Decoder {
             embedding: Embedding { table, scale, positions: learned },
@@ -139,7 +149,8 @@ impl Decoder {
             pooler,
             ropes: ropes.collect::<Result<_>>()?,
             activation: Activation::new(config.activation, gated, machine),
-            scratch: machine.gpu().map(|gpu| Buffer::poisoned(gpu, SCRATCH)).transpose()?.map(Arc::new),
+            scratch,
+            steps: steps.transpose()?,
             machine: machine.clone(),
             config: config.clone(),
         })
@@ -163,47 +174,53 @@ impl Decoder {
     /// Runs the batch: writes its K and V into `kv` and returns the hidden rows of `batch.logit_rows`
     /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted.
     pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
-        let width = self.config.hidden_size;
-        let soft = self.machine.rows(&batch.soft, width)?;
-        let at = self.at(&batch.inputs, &batch.positions, &batch.slots)?;
-        let view = match self.machine.gpu() {
-            Some(gpu) => View::Device { kv, plans: self.device_plans(gpu, batch, kv)? },
-            None => {
-                let (sequences, pages) = (batch.sequences.clone(), batch.pages.clone());
-                let plan = Plan::new(sequences, pages, self.kv_layout(), self.config.num_heads);
-                View::Paged { kv, plan: Arc::new(plan), slots: batch.slots.as_slice().into() }
-            }
-        };
+        if let (Some(gpu), Some(steps)) = (self.machine.gpu(), &self.steps) {
+            return self.forward_on(gpu, &mut steps.lock().unwrap_or_else(PoisonError::into_inner), batch, kv);
+        }
+        let soft = self.machine.rows(&batch.soft, self.config.hidden_size)?;
+        let at = self.at(&batch.inputs, &batch.positions)?;
+        let (sequences, pages) = (batch.sequences.clone(), batch.pages.clone());
+        let plan = Arc::new(Plan::new(sequences, pages, self.kv_layout(), self.config.num_heads));
+        let view = View::Paged { kv, plan, slots: batch.slots.as_slice().into() };
         self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })
     }
 
-    /// A work list for each sort of attention.
-    fn device_plans(&self, gpu: &Gpu, batch: &Batch, kv: &KvPool) -> Result<Vec<(Attention, Arc<DevicePlan>)>> {
-        let scratch = self.scratch.as_ref().ok_or_else(|| Error::internal("a model on a GPU without scratch"))?;
+    /// The same on a GPU.
+    fn forward_on(&self, gpu: &Gpu, steps: &mut Steps, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
+        let Steps { uploads, no_soft, graphs } = steps;
         let table: Vec<u32> = batch.pages.iter().map(|page| page * PAGE as u32).collect();
-        let mut plans: Vec<(Attention, Arc<DevicePlan>)> = Vec::new();
-        for attention in self.config.layers.iter().map(|facts| facts.attention) {
-            if plans.iter().any(|(other, _)| *other == attention) {
-                continue;
-            }
-            let step = device::Step {
-                sequences: &batch.sequences,
-                table: &table,
-                slots: kv.pages() * PAGE,
-                layout: self.kv_layout(),
-                heads: self.config.num_heads,
-                attention,
-            };
-            let split = device::Split::Auto { sms: gpu.multiprocessors() };
-            let plan = DevicePlan::new(gpu, &step, split, device::Group::Auto, scratch)?;
-            plans.push((attention, Arc::new(plan)));
+        let attentions = || self.config.layers.iter().map(|facts| facts.attention);
+        let first = attentions().next().ok_or_else(|| Error::internal("a model without layers"))?;
+        let step = device::Step {
+            sequences: &batch.sequences,
+            table: &table,
+            slots: kv.pages() * PAGE,
+            layout: self.kv_layout(),
+            heads: self.config.num_heads,
+            attention: first,
+        };
+        let there = uploads.put((&batch.inputs, &batch.positions, &batch.slots), &step, attentions())?;
+        let (rows, launched) = (batch.inputs.len(), there.launched());
+        let soft = if batch.soft.is_empty() {
+            no_soft.clone()
+        } else {
+            self.machine.rows(&batch.soft, self.config.hidden_size)?
+        };
+        // What a recorded launch does not look at again.
+        embed::device::check(&self.embedding, &there.rows, soft.dim(0)?)?;
+        kv.device(0)?.fits(&there.rows)?;
+        let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && batch.logit_rows.len() == rows;
+        let pass = Pass { at: At::Device(there.rows), view: View::Device { kv, plans: there.plans } };
+        let work = || self.run(&batch.inputs, &soft, &batch.logit_rows, &pass);
+        match graphs {
+            Some(graphs) if decodes => graphs.run(gpu, Shape { pool: kv.id(), rows, launched }, work),
+            _ => work(),
         }
-        Ok(plans)
     }
 
-    fn at(&self, inputs: &[RowSource], positions: &[u32], slots: &[u32]) -> Result<At> {
+    fn at(&self, inputs: &[RowSource], positions: &[u32]) -> Result<At> {
         Ok(match self.machine.gpu() {
-            Some(gpu) => At::Device(Arc::new(DeviceRows::new(gpu, inputs, positions, slots)?)),
+            Some(gpu) => At::Device(Arc::new(DeviceRows::new(gpu, inputs, positions, &[])?)),
             None => {
                 let turns = self.ropes.iter().map(|frequencies| frequencies.at(positions)).collect();
                 At::Host { positions: positions.into(), turns }
@@ -277,7 +294,7 @@ impl Decoder {
     pub fn packed(&self, batch: &PackedBatch, stored: usize) -> Result<PackedRows> {
         let plan =
             PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
-        let at = self.at(&batch.inputs, &batch.positions, &[])?;
+        let at = self.at(&batch.inputs, &batch.positions)?;
         let plan = Arc::new(plan);
         let device = match (self.machine.gpu(), &self.scratch) {
             (Some(gpu), Some(scratch)) => {

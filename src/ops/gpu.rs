@@ -14,12 +14,14 @@ mod emulated;
 mod gemm;
 mod op;
 mod rows;
+mod words;
 
 pub use buffer::{Buffer, Plain};
 pub use call::{Call, Grid};
 pub use gemm::{Gemm, Side};
 pub use op::{Fresh, KernelOp, View};
 pub use rows::DeviceRows;
+pub use words::Words;
 
 use candle_core::{DType, Device, Result};
 
@@ -87,9 +89,54 @@ impl Gpu {
         }
     }
 
+    /// Seconds that the device takes for what `work` gives it to do, by its own clock.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Gpu::Cuda(ref cuda) => cuda.timed(work),
+            Gpu::Emulated(_) => {
+                let began = std::time::Instant::now();
+                work().map(|()| began.elapsed().as_secs_f64())
+            }
+        }
+    }
+
+    /// Records what `work` gives the device to do, without doing it, to be launched as a whole: one call of the driver for hundreds. `work`
+    /// must neither read nor upload. `None` where nothing is recorded and `work` not called: the emulation has no such thing.
+    ///
+    /// # Errors
+    /// Those of `work`, or what the driver says.
+    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Option<Recorded>> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Gpu::Cuda(ref cuda) => cuda.record(work).map(|recorded| Some(Recorded::Cuda(recorded))),
+            Gpu::Emulated(_) => {
+                drop(work);
+                Ok(None)
+            }
+        }
+    }
+
     /// Starts the call of `kernel`, in the variant for `dtype`.
     pub fn call(&self, kernel: &'static str, dtype: DType) -> Call<'_> {
         Call::new(self, kernel, dtype)
+    }
+}
+
+/// Work of a device that was recorded.
+pub enum Recorded {
+    /// A CUDA graph.
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Recorded),
+}
+
+impl Recorded {
+    /// Does it once more, in the memory that it was recorded with, after all work before.
+    pub fn launch(&mut self) -> Result<()> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Recorded::Cuda(ref mut recorded) => recorded.launch(),
+        }
     }
 }
 

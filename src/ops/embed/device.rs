@@ -1,8 +1,31 @@
 //! The launch of `kernels/embed.cu`, and of its gradient.
 use super::{Embedding, RowSource};
+use crate::ops::Vector;
 use crate::ops::gpu::{Buffer, DeviceRows, Fresh, Gpu, Grid, KernelOp, View};
 use candle_core::{DType, Result, Shape, Tensor, bail};
 use std::sync::Arc;
+
+/// That every row is one of the table's or of `num_soft` soft ones, at a position that it has: a launch that was recorded reads rows
+/// which nobody has looked at.
+///
+/// # Errors
+/// Names the row or the position.
+pub fn check(embedding: &Embedding, rows: &DeviceRows, num_soft: usize) -> Result<()> {
+    let (tokens, hidden) = (embedding.table.n(), embedding.table.k());
+    let known = |row: &&RowSource| match **row {
+        RowSource::Token(id) => (id as usize) < tokens,
+        RowSource::Soft(i) => (i as usize) < num_soft,
+    };
+    if let Some(other) = rows.sources().iter().find(|row| !known(row)) {
+        bail!("embed: {other:?} is out of range ({tokens} tokens, {num_soft} soft rows)");
+    }
+    match &embedding.positions {
+        Some(learned) if rows.largest_position() as usize >= learned.len() / hidden => {
+            bail!("embed: position {} is past the table's {}", rows.largest_position(), learned.len() / hidden)
+        }
+        _ => Ok(()),
+    }
+}
 
 struct OnDevice {
     embedding: Embedding,
@@ -25,20 +48,8 @@ impl KernelOp for OnDevice {
         if width != hidden || soft.dtype() != DType::F32 {
             bail!("embed: soft rows are [{num_soft}, {width}] of {:?}, the table's [{hidden}]", soft.dtype());
         }
-        let known = |row: &&RowSource| match **row {
-            RowSource::Token(id) => (id as usize) < matrix.n(),
-            RowSource::Soft(i) => (i as usize) < num_soft,
-        };
-        if let Some(other) = self.rows.sources().iter().find(|row| !known(row)) {
-            bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", matrix.n());
-        }
-        let learned = match positions {
-            None => None,
-            Some(learned) if self.rows.largest_position() as usize >= learned.len() / hidden => {
-                bail!("embed: position {} is past the table's {}", self.rows.largest_position(), learned.len() / hidden)
-            }
-            Some(learned) => learned.buffer(),
-        };
+        check(&self.embedding, &self.rows, num_soft)?;
+        let learned = positions.as_ref().and_then(Vector::buffer);
         let mut y = gpu.fresh(matrix.dtype(), count * hidden)?;
         let (source, position) = (self.rows.source(), self.rows.position());
         let call = gpu.call("embed", matrix.dtype()).optional(Some(matrix.buffer())).view(soft).optional(learned);

@@ -1,9 +1,10 @@
 //! A CUDA device: its context, one stream, the kernels of this crate, and cuBLAS.
 use super::Grid;
+use crate::error::without_trace;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys as cublas_sys};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg, result as driver, sys,
+    CudaFunction, CudaGraph, CudaModule, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg, result as driver, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -24,6 +25,8 @@ pub struct Cuda {
     multiprocessors: usize,
     /// Bytes of shared memory that a block can ask for.
     shared: usize,
+    /// cuBLAS's.
+    _workspace: CudaSlice<u8>,
 }
 
 /// A kernel's handle.
@@ -44,7 +47,7 @@ impl Cuda {
         // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
         let device = CudaDevice::new_with_stream(index).map_err(|e| {
             let needs = "needs the NVIDIA driver (libcuda.so.1), libcublas.so.13 and libcurand.so.10, found by the loader (LD_LIBRARY_PATH)";
-            candle_core::Error::Msg(format!("{e}; a build for CUDA {needs}"))
+            candle_core::Error::Msg(format!("{}; a build for CUDA {needs}", without_trace(e)))
         })?;
         // SAFETY: there is one stream, so nothing needs an event to wait for.
         unsafe { device.disable_event_tracking() };
@@ -62,7 +65,8 @@ impl Cuda {
         let shared = context.attribute(most).w()? as usize;
         keep_freed_memory(context.cu_device())?;
         sum_in_f32(&device)?;
-        Ok(Cuda { device, modules, functions: Mutex::default(), multiprocessors, shared })
+        let workspace = workspace(&device)?;
+        Ok(Cuda { device, modules, functions: Mutex::default(), multiprocessors, shared, _workspace: workspace })
     }
 
     pub fn device(&self) -> Device {
@@ -79,6 +83,30 @@ impl Cuda {
 
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.device.cuda_stream().context().mem_get_info().w()
+    }
+
+    /// Seconds between two events of the stream.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let stream = self.device.cuda_stream();
+        let event = || stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).w();
+        let began = event()?;
+        work()?;
+        Ok(f64::from(began.elapsed_ms(&event()?).w()?) / 1e3)
+    }
+
+    /// What `work` gives to the stream, which is not done: it can be launched as a whole.
+    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Recorded> {
+        let stream = self.device.cuda_stream();
+        // Of this thread alone: others may ask the driver for memory meanwhile.
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+        let worked = work();
+        // Also where that failed: else the stream would go on recording.
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).w();
+        worked?;
+        match graph? {
+            Some(graph) => Ok(Recorded(graph)),
+            None => bail!("nothing was recorded"),
+        }
     }
 
     /// # Safety
@@ -206,6 +234,32 @@ impl Cuda {
             Err(e) => bail!("cuBLAS, {} x {} x {}: {e}", g.m, g.n, g.k),
         }
     }
+}
+
+/// A graph of launches, on the device's stream.
+pub struct Recorded(CudaGraph);
+// SAFETY: the driver wants one thread at a time, and only `&mut self` reaches it; the context is bound to each thread that comes.
+unsafe impl Send for Recorded {}
+
+impl Recorded {
+    pub fn launch(&mut self) -> Result<()> {
+        self.0.launch().w()
+    }
+}
+
+/// Scratch of cuBLAS, which it would else allocate, also while a graph is recorded: NVIDIA's recommendation for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// Memory for cuBLAS's products, of which one runs at a time.
+fn workspace(device: &CudaDevice) -> Result<CudaSlice<u8>> {
+    // SAFETY: cuBLAS writes what it reads.
+    let memory = unsafe { device.alloc::<u8>(WORKSPACE)? };
+    let start = memory.device_ptr(&device.cuda_stream()).0;
+    // SAFETY: a live handle, and memory that lives as long as it: `Cuda` holds both.
+    let status =
+        unsafe { cublas_sys::cublasSetWorkspace_v2(*device.cublas_handle().handle(), start as *mut c_void, WORKSPACE) };
+    status.result().map_err(|e| candle_core::Error::Msg(format!("cuBLAS: {e}")))?;
+    Ok(memory)
 }
 
 /// cuBLAS may else add parts of a product in its own type, bf16 or f16.

@@ -2,19 +2,27 @@
 use super::{Buffer, Gpu};
 use crate::ops::embed::RowSource;
 use candle_core::{Result, bail};
+use std::sync::Arc;
 
 /// Source, position and, where there is a pool, slot of each row.
 pub struct DeviceRows {
-    /// `[source | position | slot]`, each `[rows]`.
-    buffer: Buffer,
+    /// `[source | position | slot]`, each `[rows]`, from element `at` on.
+    buffer: Arc<Buffer>,
+    at: usize,
     sources: Vec<RowSource>,
     largest_position: u32,
-    slots: bool,
+    largest_slot: Option<u32>,
 }
 
 impl DeviceRows {
     /// `positions`, and `slots` or nothing at all, are as many as `sources`.
     pub fn new(gpu: &Gpu, sources: &[RowSource], positions: &[u32], slots: &[u32]) -> Result<Self> {
+        let buffer = Arc::new(Buffer::new(gpu, &Self::words(sources, positions, slots)?)?);
+        Ok(Self::within(&buffer, 0, sources, positions, slots))
+    }
+
+    /// What lies on the device.
+    pub(in crate::ops) fn words(sources: &[RowSource], positions: &[u32], slots: &[u32]) -> Result<Vec<u32>> {
         let n = sources.len();
         if positions.len() != n || !slots.is_empty() && slots.len() != n {
             bail!("{n} rows at {} positions in {} slots", positions.len(), slots.len());
@@ -33,13 +41,20 @@ impl DeviceRows {
         all.extend(sources.iter().map(source));
         all.extend_from_slice(positions);
         all.extend_from_slice(slots);
+        Ok(all)
+    }
+
+    /// Their [`Self::words`] lie in `buffer`, from element `at` on.
+    pub(in crate::ops) fn within(
+        buffer: &Arc<Buffer>,
+        at: usize,
+        sources: &[RowSource],
+        positions: &[u32],
+        slots: &[u32],
+    ) -> Self {
         let largest_position = positions.iter().copied().max().unwrap_or(0);
-        Ok(DeviceRows {
-            buffer: Buffer::new(gpu, &all)?,
-            sources: sources.to_vec(),
-            largest_position,
-            slots: !slots.is_empty(),
-        })
+        let largest_slot = slots.iter().copied().max();
+        DeviceRows { buffer: buffer.clone(), at, sources: sources.to_vec(), largest_position, largest_slot }
     }
 
     /// Rows.
@@ -62,23 +77,23 @@ impl DeviceRows {
         self.largest_position
     }
 
-    /// Whether the rows have slots.
-    pub fn has_slots(&self) -> bool {
-        self.slots
+    /// The largest slot of all, if they have any.
+    pub fn largest_slot(&self) -> Option<u32> {
+        self.largest_slot
     }
 
     /// Buffer, and the element at which the sources start.
     pub fn source(&self) -> (&Buffer, usize) {
-        (&self.buffer, 0)
+        (&self.buffer, self.at)
     }
 
     /// Buffer, and the element at which the positions start.
     pub fn position(&self) -> (&Buffer, usize) {
-        (&self.buffer, self.sources.len())
+        (&self.buffer, self.at + self.sources.len())
     }
 
     /// Buffer, and the element at which the slots start.
     pub fn slot(&self) -> (&Buffer, usize) {
-        (&self.buffer, 2 * self.sources.len())
+        (&self.buffer, self.at + 2 * self.sources.len())
     }
 }

@@ -57,9 +57,10 @@ impl KernelOp for Write {
         let (x, Projection { heads, norm, rope }) = (&inputs[0], &self.projection);
         let KvLayout { kv_heads, head_dim } = self.slabs.layout;
         let ((m, width), all) = (x.dims2()?, heads + 2 * kv_heads);
-        if m != self.rows.len() || !self.rows.has_slots() || width != all * head_dim || head_dim > MAX_HEAD_DIM {
+        if m != self.rows.len() || width != all * head_dim || head_dim > MAX_HEAD_DIM {
             bail!("kv_write: x is [{m}, {width}], {} rows, {all} heads of {head_dim}", self.rows.len());
         }
+        self.slabs.fits(&self.rows)?;
         if x.dtype() != self.slabs.dtype {
             bail!("kv_write: x is {:?}, the pool {:?}", x.dtype(), self.slabs.dtype);
         }
@@ -77,7 +78,7 @@ impl KernelOp for Write {
         let call = call.int(m).int(*heads).int(kv_heads).int(head_dim).int(half);
         let call = call.float(rope.as_ref().map_or(1.0, |r| r.scale)).float(norm.as_ref().map_or(0.0, HeadNorm::eps));
         let grid = Grid { blocks: [(m * all).div_ceil(4) as u32, 1, 1], threads: 128, shared: 0 };
-        // SAFETY: the kernel's arguments; `Slabs::check` saw the slots.
+        // SAFETY: the kernel's arguments; `Slabs::fits` saw the slots.
         unsafe { call.launch(grid)? };
         Ok((q, (m, heads * head_dim).into()))
     }
@@ -97,6 +98,15 @@ impl Slabs {
         match slots.iter().find(|slot| **slot as usize >= self.slots) {
             None => Ok(()),
             Some(slot) => bail!("kv_write: slot {slot} is outside the pool of {}", self.slots),
+        }
+    }
+
+    /// # Errors
+    /// If one of `rows` has no slot here.
+    pub fn fits(&self, rows: &DeviceRows) -> Result<()> {
+        match rows.largest_slot() {
+            Some(slot) => self.check(&[slot]),
+            None => bail!("kv_write: {} rows without slots", rows.len()),
         }
     }
 

@@ -1,9 +1,12 @@
 //! The launches of `kernels/prefix_attention.cu`: over the pool of a device, and over packed rows.
 mod plan;
+mod step;
 
 pub use plan::{Cut, Group, Split, Step, WorkList, capacity};
 
-use super::super::gpu::{Buffer, Call, Fresh, Gpu, Grid, KernelOp, View};
+pub use step::{OnDevice, Uploads};
+
+use super::super::gpu::{Buffer, Call, Fresh, Gpu, Grid, KernelOp, View, Words};
 use super::super::kv_write::device::Slabs;
 use super::{Attention, KvLayout, PackedPlan, PackedSequence, SequenceView};
 use crate::ops::prefix_attention::PAGE;
@@ -19,7 +22,9 @@ const WARPS: usize = 4;
 /// The work list of the layers of one kind, on the device.
 pub struct DevicePlan {
     list: WorkList,
-    data: Buffer,
+    data: Arc<Buffer>,
+    /// Elements of `data` at which the list and the table start.
+    at: (usize, usize),
     /// (m, l) of all partial results, then their o. The layers of a step use it one after the other.
     scratch: Arc<Buffer>,
     layout: KvLayout,
@@ -28,32 +33,49 @@ pub struct DevicePlan {
     attention: Attention,
 }
 
+/// Everything about a plan that its launches depend on, but for what they read from the device.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Launched {
+    rows: usize,
+    units: usize,
+    combines: bool,
+    vectors: usize,
+    at: (usize, usize),
+}
+
 impl DevicePlan {
-    /// One upload. `scratch` is for what is split; nothing else may use it while kernels run that are not on the device's stream.
+    /// One upload of its own. `scratch` is for what is split; nothing else may use it while kernels run that are not on the device's stream.
     ///
     /// # Errors
     /// As of [`WorkList::new`].
     pub fn new(gpu: &Gpu, step: &Step<'_>, split: Split, group: Group, scratch: &Arc<Buffer>) -> Result<Self> {
         let list = WorkList::new(step, Cut { split, group, scratch: scratch.bytes() })?;
-        Ok(DevicePlan {
-            data: Buffer::new(gpu, &list.data)?,
-            list,
-            scratch: scratch.clone(),
-            layout: step.layout,
-            heads: step.heads,
-            slots: step.slots,
-            attention: step.attention,
-        })
+        let mut words = Words::default();
+        let at = (words.add(&list.data), words.add(step.table));
+        Ok(Self::within(&Arc::new(words.upload(gpu)?), at, list, step, scratch))
+    }
+
+    /// `list`, of `step`, and the step's table lie in `data`, from the elements `at` on.
+    fn within(data: &Arc<Buffer>, at: (usize, usize), list: WorkList, step: &Step<'_>, scratch: &Arc<Buffer>) -> Self {
+        let (data, scratch) = (data.clone(), scratch.clone());
+        let Step { layout, heads, slots, attention, .. } = *step;
+        DevicePlan { list, data, at, scratch, layout, heads, slots, attention }
+    }
+
+    /// Equal ones have equal launches on the same buffers.
+    pub fn launched(&self) -> Launched {
+        let WorkList { m, units, combines, vectors, .. } = self.list;
+        Launched { rows: m, units, combines, vectors, at: self.at }
     }
 
     /// Whether rows of sequences share units, or spans of a row are split: whether there is a second launch.
     pub fn combines(&self) -> bool {
-        self.list.combine.1 > 0
+        self.list.combines
     }
 
     /// Where the o of partial results start, in f32.
     fn scratch_at(&self) -> usize {
-        (2 * self.list.partials * self.heads).next_multiple_of(4)
+        (2 * self.list.room * self.heads).next_multiple_of(4)
     }
 
     /// Name, width and row tiles of the kernel.
@@ -114,7 +136,8 @@ impl DevicePlan {
         let list = &self.list;
         let partial = |call: Call<'a>| call.buffer(&self.scratch, self.scratch_at(), 4).buffer(&self.scratch, 0, 4);
         let call = kv(gpu.call(kernel, dtype).view(q).aligned()).fresh(&mut out).aligned().optional(lse);
-        let call = partial(call).buffer(&self.data, 0, 4).int(0).int(list.rows_at).int(list.table_at);
+        let (at, table) = self.at;
+        let call = partial(call).buffer(&self.data, 0, 4).int(at).int(at + list.rows_at()).int(table);
         let call = call.int(stride).int(self.heads).int(kv_heads).int(head_dim);
         let call = call.float(self.attention.scale).float(self.attention.soft_cap.unwrap_or(0.0));
         let blocks = [list.units as u32, kv_heads as u32, 1];
@@ -122,10 +145,9 @@ impl DevicePlan {
         // SAFETY: the kernel's arguments; the list was made from a checked step, scratch has room for its partial results, and K
         // and V are the caller's.
         unsafe { call.launch(Grid { blocks, threads: 32 * WARPS as u32, shared })? };
-        let (at, rows) = list.combine;
         let call = gpu.call("prefix_attention_combine", dtype).fresh(&mut out).optional(lse);
-        let call = partial(call).buffer(&self.data, 0, 4).int(at).int(self.heads).int(head_dim);
-        let blocks = [rows as u32, self.heads.div_ceil(WARPS) as u32, 1];
+        let call = partial(call).buffer(&self.data, 0, 4).int(at + list.combine_at()).int(self.heads).int(head_dim);
+        let blocks = [if list.combines { m as u32 } else { 0 }, self.heads.div_ceil(WARPS) as u32, 1];
         // SAFETY: as above.
         unsafe { call.launch(Grid { blocks, threads: 32 * WARPS as u32, shared: 0 })? };
         Ok((out, (m, out_width).into()))

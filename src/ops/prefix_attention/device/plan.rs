@@ -82,20 +82,18 @@ pub(super) fn width(head_dim: usize) -> usize {
 }
 
 /// The list, as the kernel reads it.
+///
+/// Its layout follows from `m` and `units` alone, and `units` is a power of two: a launch that was recorded for one step serves others.
 #[derive(Debug)]
 pub struct WorkList {
-    /// `[units | rows | table | rows to combine]`
+    /// `[units | rows | rows to combine]`; the table is not in it.
     pub(super) data: Vec<i32>,
-    /// Units; the long ones first.
+    /// Units, the long ones first, then some of no rows.
     pub(super) units: usize,
-    /// Where the rows start.
-    pub(super) rows_at: usize,
-    /// Where the table starts.
-    pub(super) table_at: usize,
-    /// Where the rows to combine start, and their number.
-    pub(super) combine: (usize, usize),
-    /// Results of spans in scratch, each of all heads.
-    pub(super) partials: usize,
+    /// Whether there are rows to combine. The list has room for all of them; behind them are some of no parts.
+    pub(super) combines: bool,
+    /// Results of spans that scratch has room for, each of all heads.
+    pub(super) room: usize,
     /// Query vectors of the largest unit.
     pub(super) vectors: usize,
     /// Rows of the step.
@@ -369,23 +367,25 @@ impl Maker<'_> {
 
     fn list(mut self) -> WorkList {
         self.units.sort_by_key(|u| std::cmp::Reverse(u[5] - u[4]));
+        let (units, m, combines) = (self.units.len().next_power_of_two(), self.rows.len(), !self.combine.is_empty());
+        self.units.resize(units, [0; UNIT]);
+        self.combine.resize(m, [0; COMBINE]);
         let mut data = self.units.concat();
-        let rows_at = data.len();
         data.extend(self.rows.iter().flatten());
-        let table_at = data.len();
-        data.extend(self.step.table.iter().map(|slot| *slot as i32));
-        let combine = (data.len(), self.combine.len());
         data.extend(self.combine.iter().flatten());
-        WorkList {
-            data,
-            units: self.units.len(),
-            rows_at,
-            table_at,
-            combine,
-            partials: self.partials,
-            vectors: self.vectors,
-            m: self.rows.len(),
-        }
+        WorkList { data, units, combines, room: self.room, vectors: self.vectors, m }
+    }
+}
+
+impl WorkList {
+    /// Where the rows start.
+    pub(super) fn rows_at(&self) -> usize {
+        self.units * UNIT
+    }
+
+    /// Where the rows to combine start.
+    pub(super) fn combine_at(&self) -> usize {
+        self.rows_at() + self.m * ROW
     }
 }
 

@@ -48,12 +48,19 @@ impl Case {
         let at = |i: usize, width: usize, base: usize| &list.data[base + i * width..][..width];
         let mut seen: HashMap<(i32, i32), Vec<i32>> = HashMap::new();
         let (mut written, mut whole) = (HashMap::<i32, (i32, Vec<i32>)>::new(), HashMap::<i32, usize>::new());
-        for i in 0..list.units {
+        assert!(list.units.is_power_of_two() && list.data.len() == list.combine_at() + list.m * COMBINE);
+        let there = |width: usize, base: usize, count: usize, number: usize| {
+            let some = (0..number).filter(|i| at(*i, width, base)[count] > 0).count();
+            assert!((some..number).all(|i| at(i, width, base).iter().all(|word| *word == 0)), "padding is nothing");
+            some
+        };
+        let units = there(UNIT, 0, 1, list.units);
+        for i in 0..units {
             let u = at(i, UNIT, 0);
             assert!((u[1] * u[3]) as usize <= capacity(self.layout.head_dim) && u[1] > 0 && u[3] > 0 && u[4] < u[5]);
             assert!((u[1] * u[3]) as usize <= list.vectors);
             for r in u[0]..u[0] + u[1] {
-                let row = at(r as usize, ROW, list.rows_at);
+                let row = at(r as usize, ROW, list.rows_at());
                 if u[17] == 0 {
                     *whole.entry(row[0]).or_default() += u[3] as usize;
                 }
@@ -65,9 +72,8 @@ impl Case {
                     for slot in u[13 + part].max(start)..u[15 + part].min(start + SPAN as i32) {
                         assert!(range.contains(&slot), "all rows are said to see {slot}");
                     }
-                    let place = |slot: i32| {
-                        list.data[list.table_at + (u[7 + part] + slot / PAGE as i32) as usize] + slot % PAGE as i32
-                    };
+                    let place =
+                        |slot: i32| self.table[(u[7 + part] + slot / PAGE as i32) as usize] as i32 + slot % PAGE as i32;
                     for head in u[2]..u[2] + u[3] {
                         seen.entry((row[0], head)).or_default().extend(range.clone().map(place));
                     }
@@ -97,8 +103,10 @@ impl Case {
             }
         }
         assert!(seen.is_empty());
-        for i in 0..list.combine.1 {
-            let [row, first, count] = at(i, COMBINE, list.combine.0).try_into().unwrap();
+        let combined = there(COMBINE, list.combine_at(), 2, list.m);
+        assert_eq!(combined > 0, list.combines);
+        for i in 0..combined {
+            let [row, first, count] = at(i, COMBINE, list.combine_at()).try_into().unwrap();
             assert!(count > 0 && !whole.contains_key(&row));
             let mut spans = (first..first + count).map(|p| {
                 let (of, spans) = written.remove(&p).unwrap();
@@ -108,9 +116,9 @@ impl Case {
             let start = spans.next().unwrap();
             assert!(spans.zip(start + 1..).all(|(span, want)| span == want), "spans are not in order");
         }
-        assert!(written.is_empty() && list.combine.1 + whole.len() == list.m);
+        assert!(written.is_empty() && combined + whole.len() == list.m);
         assert!(whole.values().all(|heads| *heads == per_group), "a row is written as often as it has heads");
-        list.units
+        units
     }
 }
 
@@ -172,8 +180,8 @@ fn one_long_sequence_is_split_and_many_are_not() {
 #[test]
 fn sharing_must_pay() {
     let group = |prefix, n| Case::new(&vec![(prefix, 3, 1); n], LAYOUT, 2, attentions()[0]);
-    let cut = |case: &Case| case.list(Split::Auto { sms: 1 }, Group::Auto).combine.1;
-    assert_eq!((cut(&group(64, 2)), cut(&group(2048, 64))), (0, 64));
+    let cut = |case: &Case| case.list(Split::Auto { sms: 1 }, Group::Auto).combines;
+    assert_eq!((cut(&group(64, 2)), cut(&group(2048, 64))), (false, true));
 }
 
 #[test]
@@ -181,7 +189,9 @@ fn scratch_is_bounded() {
     let case = Case::new(&[(512, 700, 1); 9], LAYOUT, 8, attentions()[0]);
     for scratch in [0, 5000, 30_000, 60_000, 200_000] {
         let list = WorkList::new(&case.step(), Cut { split: Split::Always, group: Group::Always, scratch }).unwrap();
-        assert!(list.partials * 8 * 66 * 4 <= scratch && (scratch > 5000) == (list.partials > 0), "{scratch}");
+        assert!(list.room * 8 * 66 * 4 <= scratch && (scratch > 5000) == list.combines, "{scratch}");
+        let rows = list.data[list.combine_at()..].chunks_exact(COMBINE);
+        assert!(rows.map(|r| r[1] + r[2]).all(|end| end as usize <= list.room), "{scratch}");
     }
 }
 
