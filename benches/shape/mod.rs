@@ -1,19 +1,43 @@
-//! A base of the shape of Qwen2-0.5B with random weights, made in memory: what the figures of the README are measured on.
+//! Bases of known shapes with random weights, made in memory: what the figures of the README are measured on.
 #![allow(clippy::unwrap_used, missing_docs, dead_code)]
 use prefixd::model::source::{self, Bytes, ModelFiles, WeightFile};
 
-/// Facts of its config.json.
+/// Facts of a config.json. One with a tied head is a Qwen2, with biases; any other a Llama.
 #[derive(Clone, Copy)]
 pub struct Shape {
+    pub name: &'static str,
     pub hidden: usize,
     pub layers: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub inner: usize,
     pub vocab: usize,
+    pub tied: bool,
 }
 
-pub const HALF_B: Shape = Shape { hidden: 896, layers: 24, heads: 14, kv_heads: 2, inner: 4864, vocab: 151_936 };
+pub const HALF_B: Shape = Shape {
+    name: "Qwen2-0.5B",
+    hidden: 896,
+    layers: 24,
+    heads: 14,
+    kv_heads: 2,
+    inner: 4864,
+    vocab: 151_936,
+    tied: true,
+};
+pub const EIGHT_B: Shape = Shape {
+    name: "Llama 8B",
+    hidden: 4096,
+    layers: 32,
+    heads: 32,
+    kv_heads: 8,
+    inner: 14336,
+    vocab: 128_256,
+    tied: false,
+};
+
+/// Values that all weights are made of, over and over: a prime, so that no two rows begin alike.
+const NOISE: usize = 16_777_213;
 
 impl Shape {
     pub fn head_dim(&self) -> usize {
@@ -28,6 +52,9 @@ impl Shape {
             ("model.embed_tokens.weight".into(), vec![self.vocab, hidden]),
             ("model.norm.weight".into(), vec![hidden]),
         ];
+        if !self.tied {
+            all.push(("lm_head.weight".into(), vec![self.vocab, hidden]));
+        }
         for i in 0..self.layers {
             for (name, shape) in [
                 ("input_layernorm.weight", vec![hidden]),
@@ -43,23 +70,27 @@ impl Shape {
                 ("mlp.up_proj.weight", vec![inner, hidden]),
                 ("mlp.down_proj.weight", vec![hidden, inner]),
             ] {
-                all.push((format!("model.layers.{i}.{name}"), shape));
+                if self.tied || !name.ends_with("bias") {
+                    all.push((format!("model.layers.{i}.{name}"), shape));
+                }
             }
         }
         all
     }
 
-    /// Its parameters, the tied head counted once.
+    /// Parameters that a step reads whole: all, the tied table counted once. Of a table that is no head it reads its rows alone.
     pub fn parameters(&self) -> usize {
-        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+        let all: usize = self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        all - if self.tied { 0 } else { self.vocab * self.hidden }
     }
 
-    /// config.json, the embedded tokenizer, and bf16 weights: uniform with a deviation of 0.02, norms near 1.
+    /// config.json, the embedded tokenizer, and bf16 weights: uniform with a deviation of 0.02, norms 1.
     pub fn files(&self) -> ModelFiles {
         let config = serde_json::json!({
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": self.hidden, "num_hidden_layers": self.layers,
+            "architectures": [if self.tied { "Qwen2ForCausalLM" } else { "LlamaForCausalLM" }],
+            "model_type": if self.tied { "qwen2" } else { "llama" }, "hidden_size": self.hidden, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "intermediate_size": self.inner,
-            "vocab_size": self.vocab, "tie_word_embeddings": true, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+            "vocab_size": self.vocab, "tie_word_embeddings": self.tied, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
             "rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "bfloat16",
         });
         let tensors = self.tensors();
@@ -77,18 +108,28 @@ impl Shape {
         bytes.extend((header.len() as u64).to_le_bytes());
         bytes.extend(header);
         let mut state = 0x9e37_79b9_7f4a_7c15u64;
+        let mut draw = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            half::bf16::from_f32(((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * 0.0346).to_le_bytes()
+        };
+        let noise: Vec<u8> = (0..NOISE).flat_map(|_| draw()).collect();
+        let mut from = 0;
         for (name, shape) in &tensors {
-            let centre = if name.contains("norm") { 1.0 } else { 0.0 };
-            for _ in 0..shape.iter().product::<usize>() {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                let uniform = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-                bytes.extend(half::bf16::from_f32(centre + uniform * 0.0346).to_le_bytes());
+            let mut left = 2 * shape.iter().product::<usize>();
+            if name.contains("norm") {
+                (0..left / 2).for_each(|_| bytes.extend(half::bf16::ONE.to_le_bytes()));
+                continue;
+            }
+            while left > 0 {
+                let some = left.min(noise.len() - from);
+                bytes.extend(&noise[from..from + some]);
+                (from, left) = ((from + some) % noise.len(), left - some);
             }
         }
         ModelFiles {
-            name: "random, the shape of Qwen2-0.5B".into(),
+            name: format!("random, the shape of {}", self.name),
             config: Bytes::Owned(serde_json::to_vec(&config).unwrap()),
             generation_config: None,
             tokenizer: source::resolve("embedded").unwrap().tokenizer,
