@@ -27,7 +27,7 @@ impl Packed {
         let rows = RowLayout { kind, widened: kernels.widened, k, lines, group_lines };
         let scales = if kind == Kind::Int8 { rows.groups() * COLUMNS } else { 0 };
         let panel = lines * LINE * COLUMNS + scales;
-        let buffer = Buffer::zeroed(panel * n.div_ceil(COLUMNS));
+        let buffer = Buffer::lasting(panel * n.div_ceil(COLUMNS));
         Packed { n, rows, panel, buffer, kernels, isa }
     }
 
