@@ -13,6 +13,7 @@ mod runner;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod shared;
 mod stats;
 mod stop;
 mod worker;
@@ -23,10 +24,11 @@ use crate::error::{Error, Kind, Result};
 use crate::model::Model;
 use crate::model::background::Background;
 use request::{Event, Request};
+use shared::Shared;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use worker::{Command, Shared};
+use worker::Command;
 
 pub use stats::Stats;
 

@@ -20,7 +20,6 @@ use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::embed::RowSource;
 use crate::ops::gpu::Gpu;
 use crate::ops::linear::Linear;
-use crate::ops::memory;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use batch::{Batch, Rows};
@@ -167,7 +166,7 @@ impl Model {
             device: machine.gpu().map_or("cpu".into(), |gpu| gpu.name()),
         };
         checkpoint.finish()?;
-        memory::settle();
+        [&machine, &heads].iter().for_each(|machine| machine.settle());
         Ok(Model { decoder, kv_dtype, heads, head: head.map(Arc::new), tokenizer, chat_template, info, eos_token_ids })
     }
 

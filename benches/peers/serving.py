@@ -13,8 +13,8 @@ not given is left out. Adapters are random prefixes, made for the run. The parts
   many      96 requests of one adapter, and of 1000 by zipf(1) with a KV pool for 100 of them beside the requests; 32 at a time
   hot       16 streams of 96 tokens, alone, and while 100 adapters are loaded evenly over that time; itl once all decode
   memory    weights and KV pool by their size, and resident memory
-  goals     decoding at batch 1, 16 and 32 and a prompt of 512, of prefixd and of llama.cpp's own benches; own_cost: the processor
-            time of all threads of prefixd but the engine's and its helpers', by theirs, while 32 requests decode
+  goals     decoding at batch 1, 16 and 32 and a prompt of 512, of prefixd and of llama.cpp's own benches; own_cost: what all of prefixd
+            but its forward pass costs while 32 requests decode, by that
 
 A request has 64 random tokens in and 32 out, greedy, streamed, measured from the client to the last token. All servers of a part
 stay up, idle while another side is measured; the sides take turns in every round, each with prompts that it never had. Prints a
@@ -356,12 +356,14 @@ class Bench:
                                                           peak_mib=rss(server.process, "VmHWM"), times=round(end / (weights + pool), 3)))
 
     def own_cost(self, server, count):
-        """What other threads of the server cost while `count` requests decode, as a share of what the model's cost."""
+        """What all but the forward pass costs while `count` requests decode, as a share of that: the rest of the engine's steps, and the
+        time of the server's other threads, by the number of the model's threads, which they share the cores with."""
         samples, done = [], threading.Event()
 
         def sample():
-            while not done.wait(0.1):
-                samples.append((time.perf_counter(), *cpu(server.process)))
+            while not done.wait(0.25):
+                stats = server.stats()
+                samples.append((time.perf_counter(), stats.forward_seconds, stats.step_seconds, cpu(server.process)[1]))
         sampler = threading.Thread(target=sample)
         sampler.start()
         run = self.ours(server, [""] * count, 160)
@@ -369,8 +371,8 @@ class Bench:
         sampler.join()
         first, last = run.all_decode(), min(times[-1] for _, times in run.seen)
         inside = [s for s in samples if first <= s[0] <= last]
-        model, others = (inside[-1][i] - inside[0][i] for i in (1, 2))
-        return {"own_cost": round(others / model, 4)}
+        forward, step, others = (inside[-1][i] - inside[0][i] for i in (1, 2, 3))
+        return {"own_cost": round((step - forward + others / self.a.threads) / forward, 4)}
 
     def goals(self):
         a = self.a

@@ -138,6 +138,8 @@ pub(super) fn stats(s: &proto::GetStatsResponse) -> Value {
         "prefix_misses": s.prefix_misses,
         "prefix_evictions": s.prefix_evictions,
         "uptime_seconds": s.uptime_seconds,
+        "step_seconds": s.step_seconds,
+        "forward_seconds": s.forward_seconds,
     })
 }
 

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::model::Model;
 use candle_core::{CpuStorage, Storage, Tensor};
+use std::time::{Duration, Instant};
 
 /// Rows whose logits are held at once: `[tokens, vocab]` never exists.
 const LOGIT_ROWS: usize = 64;
@@ -37,14 +38,14 @@ impl Runner {
     }
 
     /// Runs `step` and hands the wanted rows of logits, `[n, vocab]` or `[1, labels]`, to `take`, a block at a time. `head`
-    /// tells which head classifies a sequence.
+    /// tells which head classifies a sequence. Returns the time of the forward pass, logits included.
     pub fn run<'h>(
         &self,
         step: &Step,
         scheduler: &Scheduler,
         head: impl Fn(SequenceId) -> Option<&'h Head>,
         mut take: impl FnMut(&[LogitUse], Logits<'_>) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Duration> {
         if cfg!(debug_assertions) {
             step.fresh.iter().try_for_each(|page| self.kv.poison(*page))?;
         }
@@ -56,9 +57,12 @@ impl Runner {
         }
         let (batch, uses) = batcher::build(step, scheduler, self.model.info().hidden_size);
         if batch.inputs.is_empty() {
-            return Ok(());
+            return Ok(Duration::ZERO);
         }
-        let Some(hidden) = self.model.forward(&batch, &self.kv)? else { return Ok(()) };
+        let began = Instant::now();
+        let hidden = self.model.forward(&batch, &self.kv)?;
+        let mut time = began.elapsed();
+        let Some(hidden) = hidden else { return Ok(time) };
         let mut row = 0;
         while row < uses.len() {
             // A row for a head by itself, rows for the vocabulary in blocks.
@@ -66,6 +70,7 @@ impl Runner {
             let vocabulary = uses[row..].iter().take(LOGIT_ROWS).take_while(|u| !pooled(u)).count();
             let block = &uses[row..row + vocabulary.max(1)];
             let hidden = hidden.narrow(0, row, block.len())?;
+            let began = Instant::now();
             let logits = match block[0] {
                 LogitUse::Pool { id } => {
                     let head = head(id).ok_or_else(|| Error::internal("a classified sequence without a head"))?;
@@ -73,6 +78,7 @@ impl Runner {
                 }
                 _ => self.model.logits(&hidden)?,
             };
+            time += began.elapsed();
             if self.model.gpu().is_some() && !pooled(&block[0]) {
                 take(block, Logits::Device(&logits))?;
             } else {
@@ -80,7 +86,7 @@ impl Runner {
             }
             row += block.len();
         }
-        Ok(())
+        Ok(time)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Figures of the engine, for `GetStats` and `/metrics`.
 
+use std::time::Duration;
+
 /// A snapshot after a step. Counters grow from the start of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -29,4 +31,8 @@ pub struct Stats {
     pub prefix_misses: u64,
     /// Prefixes that left the pool to make room.
     pub prefix_evictions: u64,
+    /// Time of all steps, from taking in what came to handing out tokens.
+    pub step_time: Duration,
+    /// Of that, what the forward pass took, logits included. On a GPU: until all of it was queued.
+    pub forward_time: Duration,
 }

@@ -6,17 +6,17 @@ use super::request::{Event, FinishReason, Request};
 use super::runner::{Logits, Runner};
 use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
+use super::shared::Shared;
 use super::{Guest, Stats};
-use crate::adapter::{Digest, Head, InputRow, Prefix};
+use crate::adapter::{Digest, Head, Prefix};
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
-use crate::kv::{PAGE_TOKENS, pages_for};
+use crate::kv::PAGE_TOKENS;
 use crate::model::Model;
 use crate::ops::sample::device::Sampling;
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering::*};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
@@ -32,83 +32,6 @@ pub enum Command {
     Wake,
 }
 
-/// What handles read without asking the thread.
-pub struct Shared {
-    stop: AtomicBool,
-    stats: Mutex<Stats>,
-    resident: Mutex<HashSet<Digest>>,
-    /// Tokens in the longest sequence.
-    pub max_model_len: usize,
-    /// Tokens that the pool holds.
-    pub kv_tokens: usize,
-    vocab_size: usize,
-    hidden_size: usize,
-    encoder: bool,
-}
-
-impl Shared {
-    /// Ends the thread after its step.
-    pub fn stop(&self) {
-        self.stop.store(true, Release);
-    }
-
-    /// Figures as of the last step.
-    pub fn stats(&self) -> Stats {
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether a prefix is in the pool.
-    pub fn is_resident(&self, digest: Digest) -> bool {
-        self.resident.lock().unwrap_or_else(PoisonError::into_inner).contains(&digest)
-    }
-
-    /// What can be said about a request without the thread's state.
-    pub fn admit(&self, request: &Request) -> Result<()> {
-        let (prompt, new) = (request.input.len(), request.stopping.max_new_tokens);
-        let prefix = request.prefix.as_ref().map_or(0, |p| p.len());
-        let too_long = |limit: usize, what: &str| {
-            let text = format!("{} tokens (prefix {prefix}, prompt {prompt}, new {new})", prefix + prompt + new);
-            Error::invalid("prompt", text, format!("{what} {limit}"))
-        };
-        if prompt == 0 {
-            return Err(Error::invalid("prompt", "empty", "must have at least one token"));
-        }
-        let virtual_tokens = request.soft.as_ref().map_or(0, |s| s.rows.len() / self.hidden_size);
-        for row in &request.input {
-            match *row {
-                InputRow::Token(id) if id as usize >= self.vocab_size => {
-                    let rule = format!("must be below the vocabulary size {}", self.vocab_size);
-                    return Err(Error::invalid("token_ids", id, rule));
-                }
-                InputRow::Soft(i) if i as usize >= virtual_tokens => {
-                    return Err(Error::internal(format!("virtual token {i} of {virtual_tokens}")));
-                }
-                _ => {}
-            }
-        }
-        if self.encoder && request.head.is_none() {
-            return Err(Error::precondition("the base is an encoder: it classifies, and generates or scores nothing"));
-        }
-        if prefix + prompt + new > self.max_model_len {
-            return Err(too_long(self.max_model_len, "the context holds"));
-        }
-        let pages = pages_for(prompt + new) + pages_for(prefix);
-        if pages * PAGE_TOKENS > self.kv_tokens {
-            let text = format!("the request needs {pages} KV pages, the pool has {}", self.kv_tokens / PAGE_TOKENS);
-            return Err(Error::exhausted(text, None));
-        }
-        let tokens = |from: usize| request.input[from..].iter().all(|r| matches!(r, InputRow::Token(_)));
-        let scores = request.score_from.is_some_and(|from| (1..prompt).contains(&from) && tokens(from));
-        if request.head.is_some() && (scores || new > 0) {
-            return Err(Error::internal("a classified request neither scores nor generates"));
-        }
-        if request.score_from.is_some() != scores || new == 0 && !scores && request.head.is_none() {
-            return Err(Error::invalid("prompt", format!("{prompt} tokens"), "leaves nothing to score"));
-        }
-        request.sampling.validate()
-    }
-}
-
 /// The thread's state.
 pub struct Worker {
     runner: Runner,
@@ -121,8 +44,8 @@ pub struct Worker {
     inbox: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
     hosting: Hosting,
-    steps: u64,
-    generated: u64,
+    /// What it counts itself; the rest of the figures is others'.
+    counted: Stats,
 }
 
 impl Worker {
@@ -141,18 +64,8 @@ impl Worker {
         let guest_bytes = guest.as_ref().map_or(0, |guest| guest.device_bytes);
         let gpu = gpu.map(|(free, total, step)| capacity::GpuMemory { free, total, activations: step + guest_bytes });
         let pages = capacity::pages(config, model.page_bytes(), gpu)?;
-        let (max_model_len, vocab_size, hidden_size) = (info.max_model_len, info.vocab_size, info.hidden_size);
-        let encoder = info.encoder;
-        let shared = Arc::new(Shared {
-            stop: AtomicBool::new(false),
-            stats: Mutex::default(),
-            resident: Mutex::default(),
-            max_model_len,
-            kv_tokens: pages * PAGE_TOKENS,
-            vocab_size,
-            hidden_size,
-            encoder,
-        });
+        let (max_model_len, encoder) = (info.max_model_len, info.encoder);
+        let shared = Arc::new(Shared::new(info, pages * PAGE_TOKENS));
         let scheduler = Scheduler::new(SchedulerConfig {
             pages,
             // All rows of an encoder's sequence run in one step.
@@ -171,8 +84,7 @@ impl Worker {
             inbox,
             shared,
             hosting: Hosting::new(guest),
-            steps: 0,
-            generated: 0,
+            counted: Stats::default(),
         })
     }
 
@@ -203,15 +115,16 @@ impl Worker {
     /// When the GPU is lost.
     fn run_steps(&mut self) -> Result<()> {
         while self.listen() {
+            let began = Instant::now();
             self.reap();
             let step = self.scheduler.schedule();
             self.announce(&step);
-            let began = Instant::now();
             if !step.is_empty() && !self.step(&step) {
                 // Out of memory is this step's alone; after a fault every call fails, and so would every request.
                 self.runner.model().synchronize()?;
             }
             self.answer_waiting();
+            self.counted.step_time += began.elapsed();
             self.publish();
             self.hosting.served(began.elapsed());
             self.hosting.run(self.runner.model(), self.scheduler.has_work())?;
@@ -234,7 +147,7 @@ impl Worker {
                 Err(mpsc::error::TryRecvError::Disconnected) => return false,
             }
         }
-        !self.shared.stop.load(Acquire)
+        !self.shared.stopped()
     }
 
     fn obey(&mut self, command: Command) {
@@ -307,7 +220,7 @@ impl Worker {
 
     /// False: it failed, and so did its sequences.
     fn step(&mut self, step: &Step) -> bool {
-        self.steps += 1;
+        self.counted.steps += 1;
         let eos = self.runner.model().eos_token_ids().to_vec();
         let mut sampled = Vec::new();
         let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
@@ -328,10 +241,12 @@ impl Worker {
                 (Logits::Device(_), None) => Err(Error::internal("logits on a GPU, the engine is not")),
             })
         });
-        let done = catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked")));
-        if let Err(e) = done {
-            self.fail_step(step, &e);
-            return false;
+        match catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked"))) {
+            Ok(time) => self.counted.forward_time += time,
+            Err(e) => {
+                self.fail_step(step, &e);
+                return false;
+            }
         }
         self.scheduler.complete(step);
         for chunk in &step.sequences {
@@ -339,7 +254,7 @@ impl Worker {
             end.into_iter().for_each(|reason| self.finish(chunk.id, reason, None));
         }
         for (id, token) in sampled {
-            self.generated += 1;
+            self.counted.generated_tokens += 1;
             self.scheduler.push_token(id, token.id);
             let Some(s) = self.sequences.get_mut(&id) else { continue };
             match s.generated(token, self.runner.model().tokenizer(), &eos) {
@@ -403,20 +318,15 @@ impl Worker {
             kv_pages_total,
             kv_pages_available,
             prefixes_resident: resident.len(),
-            steps: self.steps,
             prompt_tokens: counters.prompt_tokens,
             cached_tokens: counters.cached_tokens,
-            generated_tokens: self.generated,
             preemptions: counters.preemptions,
             prefix_hits: counters.prefix_hits,
             prefix_misses: counters.prefix_misses,
             prefix_evictions: counters.prefix_evictions,
+            ..self.counted
         };
-        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
-        let mut known = self.shared.resident.lock().unwrap_or_else(PoisonError::into_inner);
-        if *known != resident {
-            *known = resident;
-        }
+        self.shared.publish(stats, resident);
     }
 }
 

@@ -1,16 +1,16 @@
 //! The one decoder, of which an encoder is the case where every row sees all: attention over prefix and own pages,
 //! a feed-forward part, norms and residuals where the family has them.
 mod steps;
+mod training;
 
 use super::LoadOptions;
-use super::batch::{Batch, PackedBatch};
+use super::batch::Batch;
 use super::config::{ModelConfig, Positions, Residual, Up};
 use super::layer::{Layer, Loader};
 use super::weights::Checkpoint;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::activation::Activation;
-use crate::ops::cross_entropy::{CrossEntropy, cross_entropy};
 use crate::ops::embed::{self, Embedding, RowSource};
 use crate::ops::feed_forward::feed_forward;
 use crate::ops::float;
@@ -27,6 +27,8 @@ use crate::ops::{Machine, Vector};
 use candle_core::{DType, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 use steps::{Graphs, Shape, Steps};
+
+pub use training::PackedRows;
 
 /// Bytes for attention's partial results on a GPU. What finds no room is not split, which changes no bit.
 const SCRATCH: usize = 64 << 20;
@@ -76,15 +78,6 @@ enum View<'a> {
     /// Packed rows with a gradient, for training: the layer's stored rows `[rows, 2 * kv_heads * head_dim]`, then the own
     /// rows.
     Packed { stored: Option<&'a Tensor>, plan: Arc<PackedPlan>, device: Option<Arc<PackedOnDevice>> },
-}
-
-/// What one pass over packed sequences shares between its layers.
-pub struct PackedRows {
-    inputs: Vec<RowSource>,
-    at: At,
-    plan: Arc<PackedPlan>,
-    /// Its work lists, on a GPU.
-    device: Option<Arc<PackedOnDevice>>,
 }
 
 impl Decoder {
@@ -288,43 +281,6 @@ impl Decoder {
         let c = &self.config;
         let logits = 4 * c.vocab_size * rows.min(64);
         2 * rows * self.activation_bytes_per_row() + 2 * logits
-    }
-
-    /// Prepares a pass over packed sequences; `stored` rows of K and V come before their own.
-    pub fn packed(&self, batch: &PackedBatch, stored: usize) -> Result<PackedRows> {
-        let plan =
-            PackedPlan { sequences: batch.sequences.clone(), layout: self.kv_layout(), heads: self.config.num_heads };
-        let at = self.at(&batch.inputs, &batch.positions)?;
-        let plan = Arc::new(plan);
-        let device = match (self.machine.gpu(), &self.scratch) {
-            (Some(gpu), Some(scratch)) => {
-                let attentions = self.config.layers.iter().map(|facts| facts.attention);
-                Some(Arc::new(PackedOnDevice::new(gpu, &plan, stored, attentions, scratch)?))
-            }
-            _ => None,
-        };
-        Ok(PackedRows { inputs: batch.inputs.clone(), at, plan, device })
-    }
-
-    /// The input of the first layer `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
-    pub fn packed_inputs(&self, rows: &PackedRows, soft: &Tensor) -> Result<Tensor> {
-        self.embed(&rows.inputs, soft, &rows.at)
-    }
-
-    /// One layer of packed rows `[rows, hidden]`, in the bits of [`Decoder::forward`]; differentiable in them and in the
-    /// layer's `stored` rows `[stored, 2 * kv_heads * head_dim]`, K then V.
-    pub fn packed_layer(&self, index: usize, x: &Tensor, rows: &PackedRows, stored: Option<&Tensor>) -> Result<Tensor> {
-        let view = View::Packed { stored, plan: rows.plan.clone(), device: rows.device.clone() };
-        let pass = Pass { at: rows.at.clone(), view };
-        self.layer(index, x, &pass)
-    }
-
-    /// Hidden rows `[n, hidden]`, a target token each -> their losses, and with `gradient` that of their sum.
-    ///
-    /// # Errors
-    /// `Internal` for an encoder.
-    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32], gradient: bool) -> Result<CrossEntropy> {
-        Ok(cross_entropy(hidden, targets, self.vocabulary()?, self.config.logit_cap, gradient)?)
     }
 
     fn vocabulary(&self) -> Result<&Linear> {

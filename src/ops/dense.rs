@@ -37,7 +37,7 @@ lanes! {
             column += match width - column {
                 64.. => columns::<V, 4>(a, depth, b, b_row, c, c_row, m),
                 16.. => columns::<V, 1>(a, depth, b, b_row, c, c_row, m),
-                left => narrow(a, depth, b, b_row, c, c_row, m, left),
+                left => narrow::<V>(a, depth, b, b_row, c, c_row, m, left),
             };
         }
     }
@@ -96,10 +96,10 @@ fn block<V: Lanes, const M: usize, const N: usize>(
     M
 }
 
-/// The last columns, fewer than 16. Returns how many.
+/// The last columns, fewer than 16, in vectors whose other lanes are 0. Returns how many.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn narrow(
+fn narrow<V: Lanes>(
     a: Matrix<'_>,
     depth: usize,
     b: &[f32],
@@ -109,10 +109,29 @@ fn narrow(
     m: usize,
     width: usize,
 ) -> usize {
-    for row in 0..m {
-        for (column, c) in c[row * c_row..][..width].iter_mut().enumerate() {
-            for d in 0..depth {
-                *c += a.data[row * a.row + d * a.column] * b[d * b_row + column];
+    const DEPTH: usize = 64;
+    const ROWS: usize = 8;
+    let (mut wide_b, mut wide_c) = ([0f32; DEPTH * LANES], [0f32; ROWS * LANES]);
+    for start in (0..depth).step_by(DEPTH) {
+        let some = DEPTH.min(depth - start);
+        for (d, wide) in wide_b.chunks_exact_mut(LANES).take(some).enumerate() {
+            wide[..width].copy_from_slice(&b[(start + d) * b_row..][..width]);
+        }
+        for row in (0..m).step_by(ROWS) {
+            let rows = ROWS.min(m - row);
+            let a = Matrix { data: &a.data[row * a.row + start * a.column..], ..a };
+            for (r, wide) in wide_c.chunks_exact_mut(LANES).take(rows).enumerate() {
+                wide[..width].copy_from_slice(&c[(row + r) * c_row..][..width]);
+            }
+            if rows == ROWS {
+                block::<V, ROWS, 1>(a, 0, some, &wide_b, LANES, &mut wide_c, LANES);
+            } else {
+                (0..rows).for_each(|r| {
+                    block::<V, 1, 1>(a, r, some, &wide_b, LANES, &mut wide_c, LANES);
+                });
+            }
+            for (r, wide) in wide_c.chunks_exact(LANES).take(rows).enumerate() {
+                c[(row + r) * c_row..][..width].copy_from_slice(&wide[..width]);
             }
         }
     }
@@ -128,7 +147,7 @@ mod tests {
         let noise = |seed: usize, n: usize| -> Vec<f32> {
             (0..n).map(|i| (((i + 31 * seed) as f64 * 12.9898).sin() * 43758.547).fract() as f32).collect()
         };
-        for (m, depth, width) in [(1, 1, 1), (5, 7, 90), (9, 33, 17), (4, 64, 64)] {
+        for (m, depth, width) in [(1, 1, 1), (5, 7, 90), (9, 33, 17), (4, 64, 64), (19, 150, 8), (8, 129, 15)] {
             let (a, b, c) = (noise(1, m * depth), noise(2, depth * (width + 3)), noise(3, m * (width + 2)));
             let turned: Vec<f32> = (0..m * depth).map(|i| a[i % m * depth + i / m]).collect();
             for a_matrix in [Matrix::rows(&a, depth), Matrix::transposed(&turned, m)] {

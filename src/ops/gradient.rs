@@ -4,7 +4,7 @@ use super::activation::{Activation, Function};
 use super::embed::{Embedding, RowSource, embed};
 use super::feed_forward::feed_forward;
 use super::float::{bf16_to_f32, f32_to_bf16};
-use super::linear::{Isa, Kind, Linear, Packed, Scratch};
+use super::linear::{Arena, Isa, Kind, Linear, Packed, Scratch};
 use super::norm::{HeadNorm, Norm};
 use super::rope::{Frequencies, Heads, rope};
 use super::{Machine, Vector};
@@ -69,9 +69,12 @@ fn linear_input_gradient() {
     let round = |v: &f32| bf16_to_f32(f32_to_bf16(*v));
     for (m, k, n) in [(7, 131, 45), (30, 70, 2100), (1, 5, 3), (14, 600, 64)] {
         let (w, dy) = (noise(3, n * k), noise(6, m * n));
-        let half: Vec<_> = w.iter().map(|v| half::bf16::from_f32(*v)).collect();
-        let packed =
-            [Packed::f32(&w, n, k, Isa::Auto), Packed::bf16(&half, n, k, Isa::Auto), Packed::int8(&w, n, k, Isa::Auto)];
+        let (half, arena): (Vec<_>, _) = (w.iter().map(|v| half::bf16::from_f32(*v)).collect(), Arena::default());
+        let packed = [
+            Packed::f32(&w, n, k, Isa::Auto, &arena),
+            Packed::bf16(&half, n, k, Isa::Auto, &arena),
+            Packed::int8(&w, n, k, Isa::Auto, &arena),
+        ];
         for packed in packed {
             let mut rows = vec![0f32; n * k];
             rows.chunks_exact_mut(k).enumerate().for_each(|(j, row)| packed.row(j, row));

@@ -11,6 +11,7 @@ mod rows;
 mod tile;
 mod transposed;
 
+pub use buffer::Arena;
 pub use matrix::Matrix;
 pub use packed::Packed;
 pub(super) use product::bench_tile;
@@ -52,10 +53,16 @@ impl Linear {
             return Self::with(Weight::Matrix(Arc::new(Matrix::new(gpu, &weight)?)), weights, biases, machine);
         }
         let packed = match weight.dtype() {
-            DType::BF16 => Packed::bf16(&weight.flatten_all()?.to_vec1::<half::bf16>()?, n, k, Isa::Auto),
-            DType::F16 | DType::F32 => {
-                Packed::f32(&weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto)
+            DType::BF16 => {
+                Packed::bf16(&weight.flatten_all()?.to_vec1::<half::bf16>()?, n, k, Isa::Auto, machine.arena())
             }
+            DType::F16 | DType::F32 => Packed::f32(
+                &weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
+                n,
+                k,
+                Isa::Auto,
+                machine.arena(),
+            ),
             other => bail!("linear: weights of type {other:?} are not supported"),
         };
         Self::with(Weight::Packed(Arc::new(packed)), weights, biases, machine)
@@ -68,7 +75,7 @@ impl Linear {
         }
         let weight = Tensor::cat(weights, 0)?.to_dtype(DType::F32)?;
         let (n, k) = weight.dims2()?;
-        let packed = Packed::int8(&weight.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto);
+        let packed = Packed::int8(&weight.flatten_all()?.to_vec1::<f32>()?, n, k, Isa::Auto, machine.arena());
         Self::with(Weight::Packed(Arc::new(packed)), weights, biases, machine)
     }
 

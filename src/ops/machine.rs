@@ -1,6 +1,7 @@
 //! What the ops of one model run on.
 use super::gpu::{Buffer, Gpu};
-use super::linear::Scratch;
+use super::linear::{Arena, Scratch};
+use super::memory;
 use super::pool::Pool;
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Deref;
@@ -14,17 +15,24 @@ pub struct Machine {
     gpu: Option<Gpu>,
     /// Memory that would otherwise be allocated at each call.
     scratch: Mutex<Scratch>,
+    /// Where packed weights lie.
+    arena: Arena,
 }
 
 impl Machine {
     /// The processor alone; `threads` 0 means one a core.
     pub fn new(threads: usize) -> Arc<Self> {
-        Arc::new(Machine { pool: Pool::new(threads), gpu: None, scratch: Mutex::default() })
+        Arc::new(Machine { pool: Pool::new(threads), gpu: None, scratch: Mutex::default(), arena: Arena::default() })
     }
 
     /// A GPU, with `threads` for what stays on the processor.
     pub fn with_gpu(threads: usize, gpu: Gpu) -> Arc<Self> {
-        Arc::new(Machine { pool: Pool::new(threads), gpu: Some(gpu), scratch: Mutex::default() })
+        Arc::new(Machine {
+            pool: Pool::new(threads),
+            gpu: Some(gpu),
+            scratch: Mutex::default(),
+            arena: Arena::default(),
+        })
     }
 
     /// The GPU that the weights lie on.
@@ -60,6 +68,17 @@ impl Machine {
     /// Waits for a GPU to have done what it was given; an error says that it is lost.
     pub fn synchronize(&self) -> Result<()> {
         self.device().synchronize()
+    }
+
+    /// Where packed weights lie, until [`Machine::settle`].
+    pub(super) fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// The base is in place: what is packed from here on has memory of its own, and what loading left over is given back.
+    pub fn settle(&self) {
+        self.arena.seal();
+        memory::settle();
     }
 
     pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {

@@ -50,6 +50,8 @@ impl ServerService for ServerInfo {
             prefix_misses: s.prefix_misses,
             prefix_evictions: s.prefix_evictions,
             uptime_seconds: self.started.elapsed().as_secs_f64(),
+            step_seconds: s.step_time.as_secs_f64(),
+            forward_seconds: s.forward_time.as_secs_f64(),
         };
         Call::new("GetStats", request.metadata()).finish(Ok(stats))
     }

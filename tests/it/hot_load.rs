@@ -134,4 +134,6 @@ async fn more_adapters_than_the_pool_holds() {
     let stats = served.server().await.get_stats(proto::GetStatsRequest {}).await.unwrap().into_inner();
     println!("{stats:?}");
     assert!(stats.prefix_evictions > 24 && stats.adapters_resident < 24);
+    let (step, forward) = (stats.step_seconds, stats.forward_seconds);
+    assert!(0.0 < forward && forward < step, "{forward} of {step} s");
 }

@@ -1,12 +1,12 @@
 //! Zeroed, aligned memory for packed weights.
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
 const HUGE_PAGE: usize = 2 << 20;
 /// A cache line. Buffers start on one.
 const ALIGN: usize = 64;
-/// Bytes that are asked for at once for what lasts. What nobody has written takes no memory.
-const CHUNK: usize = 256 << 20;
+/// Bytes of a model's first chunk, and of its largest: each is twice as large as the one before.
+const CHUNKS: [usize; 2] = [HUGE_PAGE, 256 << 20];
 
 #[cfg(target_os = "linux")]
 unsafe extern "C" {
@@ -24,9 +24,6 @@ struct Chunk {
 unsafe impl Send for Chunk {}
 // SAFETY: as above.
 unsafe impl Sync for Chunk {}
-
-/// The chunk of lasting buffers that has room, while one of them lives, and how much of it is taken.
-static CURRENT: Mutex<(Weak<Chunk>, usize)> = Mutex::new((Weak::new(), 0));
 
 impl Chunk {
     fn new(bytes: usize) -> Self {
@@ -68,21 +65,6 @@ impl Buffer {
         Self::within(Arc::new(Chunk::new(len * 4)), 0, len)
     }
 
-    /// `len` zeroed elements of a weight. Weights lie one after the other: each in huge pages of its own, those of a model of half a billion
-    /// parameters left 80 MiB unused, and the small ones had small pages. Their memory is given back when all of a chunk are gone.
-    pub(super) fn lasting(len: usize) -> Self {
-        let bytes = (len * 4).next_multiple_of(ALIGN);
-        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = current.0.upgrade().filter(|chunk| current.1 + bytes <= chunk.layout.size());
-        let (chunk, start) = match open {
-            Some(chunk) => (chunk, current.1),
-            None => (Arc::new(Chunk::new(bytes.max(CHUNK))), 0),
-        };
-        *current = (Arc::downgrade(&chunk), start + bytes);
-        drop(current);
-        Self::within(chunk, start, len)
-    }
-
     /// Nobody else has this part of the chunk.
     fn within(chunk: Arc<Chunk>, start: usize, len: usize) -> Self {
         // SAFETY: within the chunk, by both callers. The allocator gives memory as it is.
@@ -118,32 +100,78 @@ impl Buffer {
     }
 }
 
+/// Memory of a base's weights, which come together and go together: one after the other in chunks. Each in huge pages of its own, those of
+/// half a billion parameters left 80 MiB unused, and the small ones had small pages.
+pub struct Arena(Mutex<State>);
+
+enum State {
+    /// Of the last chunk so much is taken.
+    Open(Option<Arc<Chunk>>, usize),
+    /// The base is there. What comes later goes by itself, and has memory of its own.
+    Sealed,
+}
+
+impl Default for Arena {
+    fn default() -> Self {
+        Arena(Mutex::new(State::Open(None, 0)))
+    }
+}
+
+impl Arena {
+    /// From here on buffers have memory of their own.
+    pub(in crate::ops) fn seal(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = State::Sealed;
+    }
+
+    /// `len` zeroed elements.
+    pub(super) fn zeroed(&self, len: usize) -> Buffer {
+        let bytes = (len * 4).next_multiple_of(ALIGN);
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let State::Open(last, taken) = &mut *state else { return Buffer::zeroed(len) };
+        let room = last.as_ref().map_or(0, |chunk| chunk.layout.size());
+        let (chunk, start) = match last {
+            Some(chunk) if *taken + bytes <= room => (chunk.clone(), *taken),
+            _ => (Arc::new(Chunk::new(bytes.max((2 * room).clamp(CHUNKS[0], CHUNKS[1])))), 0),
+        };
+        *state = State::Open(Some(chunk.clone()), start + bytes);
+        drop(state);
+        Buffer::within(chunk, start, len)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn buffers_are_zeroed_apart_and_aligned() {
-        // More than one chunk, from several threads, with some that go at once and are followed by others.
-        let lengths = [1, 15, 16, 17, 5_000, 0, 70_000_000, 3];
-        let make = |len| if len == 5_000 { Buffer::zeroed(len) } else { Buffer::lasting(len) };
-        let many = || lengths.map(|len| (len, make(len)));
+        // More than one chunk, from several threads, and some that go at once.
+        let lengths = [1, 15, 16, 17, 5_000, 0, 700_000, 3, 9_000_000, 5];
+        let arena = Arena::default();
         std::thread::scope(|scope| {
             for mark in 1..4u32 {
+                let arena = &arena;
                 scope.spawn(move || {
+                    let many = || lengths.map(|len| arena.zeroed(len));
                     drop(many());
+                    if mark == 3 {
+                        arena.seal();
+                    }
                     let mut all = many();
-                    for (i, (len, buffer)) in (0..).zip(&mut all) {
+                    for (i, (len, buffer)) in (0..).zip(lengths.iter().zip(&mut all)) {
                         assert!(buffer.len() == *len && buffer.as_slice().iter().all(|v| *v == 0));
                         assert!((buffer.as_ptr() as usize).is_multiple_of(ALIGN));
                         buffer.as_mut_slice().fill(10 * mark + i);
                     }
-                    let holds = |(i, (_, buffer)): (u32, &(usize, Buffer))| {
-                        buffer.as_slice().iter().all(|v| *v == 10 * mark + i)
-                    };
+                    let holds = |(i, buffer): (u32, &Buffer)| buffer.as_slice().iter().all(|v| *v == 10 * mark + i);
                     assert!((0..).zip(&all).all(holds));
                 });
             }
         });
+        let own = [arena.zeroed(7), arena.zeroed(7)];
+        assert!(!Arc::ptr_eq(&own[0].chunk, &own[1].chunk), "after the seal each has memory of its own");
+        let arena = Arena::default();
+        let shared = [arena.zeroed(7), arena.zeroed(7)];
+        assert!(Arc::ptr_eq(&shared[0].chunk, &shared[1].chunk) && shared[1].start == ALIGN);
     }
 }

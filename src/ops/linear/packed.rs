@@ -1,5 +1,5 @@
 //! A weight packed once into panels.
-use super::buffer::Buffer;
+use super::buffer::{Arena, Buffer};
 use super::pack::{self, RowLayout};
 use super::tile::{self, COLUMNS, Isa, Kernels, Kind, LINE};
 use crate::ops::float::bf16_to_f32;
@@ -20,24 +20,24 @@ pub struct Packed {
 }
 
 impl Packed {
-    fn empty(kind: Kind, n: usize, k: usize, isa: Isa) -> Self {
+    fn empty(kind: Kind, n: usize, k: usize, isa: Isa, arena: &Arena) -> Self {
         let lines = k.div_ceil(LINE * kind.per_dword());
         let group_lines = if kind == Kind::Int8 { (GROUP / (LINE * 4)).min(lines.max(1)) } else { lines.max(1) };
         let kernels = tile::select(kind, isa).expect("Auto and Portable exist on every CPU");
         let rows = RowLayout { kind, widened: kernels.widened, k, lines, group_lines };
         let scales = if kind == Kind::Int8 { rows.groups() * COLUMNS } else { 0 };
         let panel = lines * LINE * COLUMNS + scales;
-        let buffer = Buffer::lasting(panel * n.div_ceil(COLUMNS));
+        let buffer = arena.zeroed(panel * n.div_ceil(COLUMNS));
         Packed { n, rows, panel, buffer, kernels, isa }
     }
 
-    /// From rows of f32, `[n, k]`.
+    /// From rows of f32, `[n, k]`, into memory of `arena`.
     ///
     /// # Panics
     /// If `w` has not `n * k` elements, or the CPU lacks `isa`.
-    pub fn f32(w: &[f32], n: usize, k: usize, isa: Isa) -> Self {
+    pub fn f32(w: &[f32], n: usize, k: usize, isa: Isa, arena: &Arena) -> Self {
         assert_eq!(w.len(), n * k);
-        let mut p = Self::empty(Kind::F32, n, k, isa);
+        let mut p = Self::empty(Kind::F32, n, k, isa, arena);
         p.scatter(|row, dword| w[row * k + dword].to_bits());
         p
     }
@@ -46,9 +46,9 @@ impl Packed {
     ///
     /// # Panics
     /// As [`Packed::f32`].
-    pub fn bf16(w: &[half::bf16], n: usize, k: usize, isa: Isa) -> Self {
+    pub fn bf16(w: &[half::bf16], n: usize, k: usize, isa: Isa, arena: &Arena) -> Self {
         assert_eq!(w.len(), n * k);
-        let mut p = Self::empty(Kind::Bf16, n, k, isa);
+        let mut p = Self::empty(Kind::Bf16, n, k, isa, arena);
         p.scatter(|row, dword| {
             let row = &w[row * k..(row + 1) * k];
             let high = row.get(2 * dword + 1).map_or(0, |v| v.to_bits());
@@ -62,9 +62,9 @@ impl Packed {
     ///
     /// # Panics
     /// As [`Packed::f32`].
-    pub fn int8(w: &[f32], n: usize, k: usize, isa: Isa) -> Self {
+    pub fn int8(w: &[f32], n: usize, k: usize, isa: Isa, arena: &Arena) -> Self {
         assert_eq!(w.len(), n * k);
-        let mut p = Self::empty(Kind::Int8, n, k, isa);
+        let mut p = Self::empty(Kind::Int8, n, k, isa, arena);
         let (group_lines, panel) = (p.rows.group_lines, p.panel);
         let group = group_lines * LINE * 4;
         for (i, panel) in p.buffer.as_mut_slice().chunks_exact_mut(panel).enumerate() {

@@ -25,7 +25,8 @@ fn has(isa: Isa) -> bool {
 
 fn kinds(w: &[f32], n: usize, k: usize, isa: Isa) -> [Packed; 3] {
     let half: Vec<half::bf16> = w.iter().map(|v| half::bf16::from_f32(*v)).collect();
-    [Packed::f32(w, n, k, isa), Packed::bf16(&half, n, k, isa), Packed::int8(w, n, k, isa)]
+    let arena = Arena::default();
+    [Packed::f32(w, n, k, isa, &arena), Packed::bf16(&half, n, k, isa, &arena), Packed::int8(w, n, k, isa, &arena)]
 }
 
 /// The weights that a packed one stands for.
@@ -158,7 +159,7 @@ fn rows_come_back_as_packed() {
 fn the_error_of_int8_is_half_a_step() {
     let (n, k) = (33, 700);
     let w = values(n * k, 8);
-    let p = Packed::int8(&w, n, k, Isa::Auto);
+    let p = Packed::int8(&w, n, k, Isa::Auto, &Arena::default());
     for (got, want) in rows(&p).chunks(k).zip(w.chunks(k)) {
         for (got, want) in got.chunks(256).zip(want.chunks(256)) {
             let most = want.iter().fold(0f32, |m, v| m.max(v.abs()));

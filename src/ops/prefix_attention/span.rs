@@ -80,7 +80,7 @@ fn add<V: Lanes, S: Element, const M: usize>(span: &Span<'_, S>, mut queries: [&
         d += match dim - d {
             64.. => weighted::<V, S, M, 4>(span, &scores, first..end, d, &old, &new, &mut queries),
             16.. => weighted::<V, S, M, 1>(span, &scores, first..end, d, &old, &new, &mut queries),
-            _ => narrow::<S, M>(span, &scores, first..end, d, &old, &new, &mut queries),
+            _ => narrow::<V, S, M>(span, &scores, first..end, d, &old, &new, &mut queries),
         };
     }
 }
@@ -189,9 +189,9 @@ fn weighted<V: Lanes, S: Element, const M: usize, const N: usize>(
     N * PAGE
 }
 
-/// The same for the last elements of a head whose width is no multiple of 16. Returns how many.
+/// The same for the last elements of a head whose width is no multiple of 16, in vectors of which the rest is left alone. Returns how many.
 #[inline(always)]
-fn narrow<S: Element, const M: usize>(
+fn narrow<V: Lanes, S: Element, const M: usize>(
     span: &Span<'_, S>,
     weights: &[[f32; SPAN]; M],
     slots: Range<usize>,
@@ -201,14 +201,27 @@ fn narrow<S: Element, const M: usize>(
     queries: &mut [&mut Query<'_>; M],
 ) -> usize {
     let dim = queries[0].q.len();
+    let mut sums = [V::zero(); M];
+    for slot in slots {
+        let page = &span.values[span.page(slot / PAGE)..][..PAGE * dim];
+        let v = &page[slot % PAGE * dim + d..];
+        let lanes = if v.len() >= PAGE {
+            // Of the next row too.
+            S::load(v)
+        } else {
+            let mut padded = [v[0]; PAGE];
+            padded[..v.len()].copy_from_slice(v);
+            S::load(&padded)
+        };
+        for (sum, weights) in sums.iter_mut().zip(weights) {
+            *sum = V::splat(weights[slot]).mul_add(lanes, *sum);
+        }
+    }
     for (m, query) in queries.iter_mut().enumerate() {
-        for d in d..dim {
-            let mut sum = 0f32;
-            for slot in slots.clone() {
-                let v = span.values[span.page(slot / PAGE) + slot % PAGE * dim + d];
-                sum += weights[m][slot] * v.value();
-            }
-            query.out[d] = query.out[d] * old[m] + sum * new[m];
+        let mut sum = [0f32; PAGE];
+        sums[m].store(&mut sum);
+        for (out, sum) in query.out[d..dim].iter_mut().zip(sum) {
+            *out = *out * old[m] + sum * new[m];
         }
     }
     dim - d

@@ -1,7 +1,9 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::model::{LoadOptions, Model, source};
+use crate::training::dataset::Record;
 use crate::training::run::Progress;
+use crate::training::settings::Settings;
 use std::sync::mpsc::channel;
 
 fn base() -> Base {
