@@ -26,6 +26,8 @@ pub trait Lanes: Copy {
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// self * b.
     fn mul(self, b: Self) -> Self;
+    /// self where it is larger, else b: a NaN in self is passed over.
+    fn larger_or(self, b: Self) -> Self;
 }
 
 /// A body `<V>` over [`Lanes`], and over the type `S` where there is one, compiled for each instruction set and picked at run time.
@@ -101,6 +103,10 @@ impl Lanes for Plain {
     fn mul(self, b: Self) -> Self {
         Plain(std::array::from_fn(|i| self.0[i] * b.0[i]))
     }
+    #[inline(always)]
+    fn larger_or(self, b: Self) -> Self {
+        Plain(std::array::from_fn(|i| if self.0[i] > b.0[i] { self.0[i] } else { b.0[i] }))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -166,6 +172,11 @@ mod wide {
             // SAFETY: above.
             Avx512(unsafe { _mm512_mul_ps(self.0, b.0) })
         }
+        #[inline(always)]
+        fn larger_or(self, b: Self) -> Self {
+            // SAFETY: above. With a NaN the instruction gives its second operand.
+            Avx512(unsafe { _mm512_max_ps(self.0, b.0) })
+        }
     }
 
     impl Lanes for Avx2 {
@@ -220,6 +231,11 @@ mod wide {
         fn mul(self, b: Self) -> Self {
             // SAFETY: above.
             unsafe { Avx2(_mm256_mul_ps(self.0, b.0), _mm256_mul_ps(self.1, b.1)) }
+        }
+        #[inline(always)]
+        fn larger_or(self, b: Self) -> Self {
+            // SAFETY: above; with a NaN as above.
+            unsafe { Avx2(_mm256_max_ps(self.0, b.0), _mm256_max_ps(self.1, b.1)) }
         }
     }
 }

@@ -5,6 +5,7 @@
 pub mod device;
 
 use super::float;
+use super::lanes::LANES;
 
 /// The filters of one request.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +43,7 @@ simd! {
 
 /// The largest logit's index, the first among equals; NaN is none of them.
 pub fn argmax(logits: &[f32]) -> usize {
-    let mut max = [f32::NEG_INFINITY; 16];
+    let mut max = [f32::NEG_INFINITY; LANES];
     most(logits, &mut max);
     let max = max.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
     let mut at = 0;
@@ -50,20 +51,19 @@ pub fn argmax(logits: &[f32]) -> usize {
     if at < logits.len() { at } else { 0 }
 }
 
-simd! {
-    fn most(logits: &[f32], max: &mut [f32; 16]) {
-        let mut lanes = [[f32::NEG_INFINITY; 16]; 4];
-        let mut blocks = logits.chunks_exact(64);
+lanes! {
+    fn most<V>(logits: &[f32], max: &mut [f32; LANES]) {
+        let mut lanes = [V::splat(f32::NEG_INFINITY); 4];
+        let mut blocks = logits.chunks_exact(4 * LANES);
         for block in &mut blocks {
-            for (lanes, chunk) in lanes.iter_mut().zip(block.chunks_exact(16)) {
-                lanes.iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+            for (lanes, chunk) in lanes.iter_mut().zip(block.chunks_exact(LANES)) {
+                *lanes = V::load(chunk).larger_or(*lanes);
             }
         }
-        for chunk in blocks.remainder().chunks(16) {
-            lanes[0].iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
-        }
-        for lanes in lanes {
-            max.iter_mut().zip(lanes).for_each(|(m, x)| *m = if x > *m { x } else { *m });
+        let [a, b, c, d] = lanes;
+        a.larger_or(b).larger_or(c.larger_or(d)).store(max);
+        for chunk in blocks.remainder().chunks(LANES) {
+            max.iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
         }
     }
 }
@@ -184,6 +184,12 @@ mod tests {
     fn ties_and_nan_are_settled() {
         assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
         assert_eq!(argmax(&[f32::NAN, 1.0]), 1);
+        // In every lane of blocks and remainders, beside NaN, and the first of two.
+        for i in 0..150 {
+            let mut wide: Vec<f32> = (0..150).map(|j| if j % 3 == 0 { f32::NAN } else { -(j as f32) }).collect();
+            (wide[i], wide[149]) = (1.0, 1.0);
+            assert_eq!(argmax(&wide), i);
+        }
         assert_eq!(top_n(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
         let (nan, infinity) = (f32::NAN, f32::INFINITY);
         for u in [0.0, 0.5, 0.999_999] {
