@@ -86,12 +86,12 @@ def adapter(model, a, text_ids, seed):
     return pm
 
 
-def batches(count, size, seed):
-    """Indices, every epoch in a new order."""
+def batches(count, size, seed, keep_order):
+    """Indices, every epoch in a new order or in the data's."""
     g, left = torch.Generator().manual_seed(seed), []
     while True:
         while len(left) < size:
-            left += torch.randperm(count, generator=g).tolist()
+            left += list(range(count)) if keep_order else torch.randperm(count, generator=g).tolist()
         yield left[:size]
         left = left[size:]
 
@@ -101,7 +101,7 @@ def train(pm, examples, a, lr, seed):
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=a.weight_decay)
     warmup = round(a.warmup * a.steps)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, a.steps)
-    order, losses = batches(len(examples), a.batch_size, seed), []
+    order, losses = batches(len(examples), a.batch_size, seed, a.keep_order), []
     pm.train()
     for _ in range(a.steps):
         chosen = [examples[i] for i in next(order)]
@@ -318,6 +318,7 @@ def main():
     p.add_argument("--template", default="{input}\n=> "), p.add_argument("--threads", type=int, default=1)
     p.add_argument("--rows", type=int, default=320, help="sequences at once in the evaluation")
     p.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
+    p.add_argument("--keep-order", action="store_true", help="take the examples in their order")
     p.add_argument("--no-base", action="store_true", help="do not measure the bare base")
     p.add_argument("--save", type=pathlib.Path, help="folder for the trained adapters, TASK-SEED each")
     a = p.parse_args()

@@ -5,8 +5,9 @@ usage: tasks_side_by_side.py MODEL DATA TASK... [--prefixd PATH] [--python PYTHO
 
 MODEL is a Hugging Face folder, DATA what tasks.py wrote, TASK the name before -train.jsonl. PYTHON has torch, transformers and
 PEFT: the other side is peft_tasks.py. prefixd trains and evaluates through a server, over gRPC. Both take the same lines, the
-same number of virtual tokens, steps, batch, learning rate, warm-up, clipping and kind of initial weights; each draws its own
-order of the examples. Prints a JSON line for each side, task and seed, and then a table: mean and range over the seeds.
+same number of virtual tokens, steps, batch, learning rate, warm-up, clipping and kind of initial weights. Each draws its own order
+of the examples; with --one-order this script draws one for both, of which the initial text is the start. Prints a JSON line for each
+side, task and seed, and then a table: mean and range over the seeds.
 
   --weights scaled   the control: numbers drawn from N(0, the real tensor's standard deviation), norms 1, biases 0
   --weights small    the same with standard deviation 0.02, as transformers starts a model
@@ -60,6 +61,19 @@ def examples(records, template="{}"):
         training.TrainingExample(input=template.format(r["input"]), targets=r.get("targets") or [r["target"]]) for r in records]))
 
 
+def ordered(a, seed, folder):
+    """DATA in `folder`, the lines to learn from as often as the steps take them, every time through in a new order."""
+    rng = random.Random(seed)
+    for name in a.tasks:
+        for kind in (".toml", "-test.jsonl"):
+            shutil.copy(a.data / f"{name}{kind}", folder)
+        all_lines, taken = (a.data / f"{name}-train.jsonl").read_text("utf-8").splitlines(), []
+        while len(taken) < a.steps * a.batch_size:
+            taken += rng.sample(all_lines, len(all_lines))
+        (folder / f"{name}-train.jsonl").write_text("\n".join(taken[: a.steps * a.batch_size]) + "\n", "utf-8")
+    return folder
+
+
 def figures(scores):
     if scores.HasField("macro_f1"):
         return {"accuracy": round(scores.exact_match, 4)}
@@ -78,7 +92,7 @@ def ours(model, a):
             for seed in a.seeds:
                 start = time.time()
                 job = server.training.CreateTrainingJob(training.CreateTrainingJobRequest(
-                    adapter_id=name, settings=training.TrainingSettings(**settings, seed=seed), data=examples(learn), task_card=card,
+                    adapter_id=name, settings=training.TrainingSettings(**settings, seed=seed, keep_order=a.one_order), data=examples(learn), task_card=card,
                     load=True, replace=True)).job
                 losses, ended = [], None
                 for event in server.training.WatchTrainingJob(training.WatchTrainingJobRequest(job_id=job.job_id)):
@@ -106,6 +120,8 @@ def theirs(model, a):
                a.virtual_tokens, "--test", a.test, "--bleu", a.test or 10**9, "--threads", a.threads, "--seeds", *a.seeds]
     if a.method == "prefix" and a.init == "random" and a.peft_std:
         command += ["--init-std", a.peft_std]
+    if a.one_order:
+        command += ["--keep-order"]
     child = subprocess.Popen([str(x) for x in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         for line in child.stdout:
@@ -164,10 +180,11 @@ def main():
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--test", type=int, default=0, help="take the first N test lines; 0: all")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--one-order", action="store_true", help="both sides learn the examples in the same order")
     p.add_argument("--read", type=pathlib.Path, nargs="*", default=[], help="lines that earlier runs printed: in the table too")
     a = p.parse_args()
     settings = dict(model=a.model.name, data=a.data.name, method=a.method, init=a.init, lr=a.lr, steps=a.steps, warmup=a.warmup,
-                    batch_size=a.batch_size, virtual_tokens=a.virtual_tokens, threads=a.threads)
+                    batch_size=a.batch_size, virtual_tokens=a.virtual_tokens, threads=a.threads, one_order=a.one_order)
     found = {}
     keep = lambda line: found.setdefault((line["weights"], line["task"]), collections.defaultdict(list))[line["side"]].append(line)
     for text in (text for path in a.read for text in path.read_text().splitlines()):
@@ -178,11 +195,15 @@ def main():
             model = a.model
             if weights != "real":
                 model = control(a.model, pathlib.Path(folder) / a.model.name, 0.02 if weights == "small" else None)
-            for side in a.sides:
-                for line in {"prefixd": ours, "peft": theirs}[side](model, a) if a.tasks else ():
-                    line = dict(side=side, weights=weights) | line | settings
-                    keep(line)
-                    print(json.dumps(line), flush=True)
+            for seeds in ([[seed] for seed in a.seeds] if a.one_order else [a.seeds]) if a.tasks else ():
+                with tempfile.TemporaryDirectory() as data:
+                    data = ordered(a, seeds[0], pathlib.Path(data)) if a.one_order else a.data
+                    run = argparse.Namespace(**{**vars(a), "data": data, "seeds": seeds})
+                    for side in a.sides:
+                        for line in {"prefixd": ours, "peft": theirs}[side](model, run):
+                            line = dict(side=side, weights=weights) | line | settings
+                            keep(line)
+                            print(json.dumps(line), flush=True)
     print("\n".join(table(found)))
 
 

@@ -13,6 +13,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -260,25 +261,10 @@ impl Run {
         }
         let of_step = size * s.accumulation_steps;
         let first = self.progress.step * of_step;
-        let chosen: Vec<usize> = self.order(first, of_step);
+        let seed = seed(s, self.progress.restart);
+        let chosen = order(self.plan.train.len(), (!s.keep_order).then_some(seed), first..first + of_step);
         let divisor = chosen.iter().map(|i| self.job.targets(&self.plan.train[*i])).sum();
         Batch { examples: chosen[from..from + size].to_vec(), evaluation: false, divisor }
-    }
-
-    /// Examples `first..first + count` of the endless order: each epoch is a permutation of its own.
-    fn order(&self, first: usize, count: usize) -> Vec<usize> {
-        let n = self.plan.train.len();
-        let seed = seed(&self.plan.settings, self.progress.restart);
-        let mut epoch: (usize, Vec<usize>) = (usize::MAX, Vec::new());
-        let pick = |at: usize| {
-            if epoch.0 != at / n {
-                let mut all: Vec<usize> = (0..n).collect();
-                shuffle(&mut all, seed ^ ((at / n) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-                epoch = (at / n, all);
-            }
-            epoch.1[at % n]
-        };
-        (first..first + count).map(pick).collect()
     }
 
     fn evaluated(&mut self, model: &Model, loss: f64) -> Result<()> {
@@ -345,10 +331,46 @@ fn seed(settings: &Settings, restart: usize) -> u64 {
     settings.seed.wrapping_add(restart as u64)
 }
 
+/// Which of `n` examples come in places `range` of the endless order: each epoch is a permutation of its own, drawn from `seed`; without
+/// one, each is the data as it is.
+fn order(n: usize, seed: Option<u64>, range: Range<usize>) -> Vec<usize> {
+    let Some(seed) = seed else { return range.map(|at| at % n).collect() };
+    let mut epoch: (usize, Vec<usize>) = (usize::MAX, Vec::new());
+    let pick = |at: usize| {
+        if epoch.0 != at / n {
+            let mut all: Vec<usize> = (0..n).collect();
+            shuffle(&mut all, seed ^ ((at / n) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            epoch = (at / n, all);
+        }
+        epoch.1[at % n]
+    };
+    range.map(pick).collect()
+}
+
 /// Fisher and Yates's shuffle, from `seed`.
 pub fn shuffle(all: &mut [usize], seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     for i in (1..all.len()).rev() {
         all.swap(i, rng.random_range(0..=i));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::order;
+
+    #[test]
+    fn epochs_are_permutations_or_the_data_as_it_is() {
+        let shuffled = order(10, Some(3), 0..30);
+        let (first, second) = (&shuffled[..10], &shuffled[10..20]);
+        for epoch in [first, second] {
+            let mut sorted = epoch.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..10).collect::<Vec<_>>());
+        }
+        assert!(first != second && !first.is_sorted());
+        // Steps that straddle an epoch's end go on in the same order.
+        assert_eq!(order(10, Some(3), 7..23), shuffled[7..23]);
+        assert_eq!(order(3, None, 2..8), [2, 0, 1, 2, 0, 1]);
     }
 }

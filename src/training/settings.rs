@@ -134,6 +134,8 @@ pub struct Settings {
     pub target_template: String,
     /// Whether the end-of-sequence token follows; none: unless the target's template ends with a stop sequence of the card.
     pub append_eos: Option<bool>,
+    /// Take the examples in their order, not in one that each epoch draws.
+    pub keep_order: bool,
 }
 
 impl Default for Settings {
@@ -168,6 +170,7 @@ impl Default for Settings {
             recompute: Recompute::default(),
             target_template: TARGET.into(),
             append_eos: None,
+            keep_order: false,
         }
     }
 }

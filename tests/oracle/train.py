@@ -37,6 +37,8 @@ RUNS = [
     ("llama_biases", "ptuning_lstm", dict(kind="lstm"), {}),
     ("llama_biases", "multitask", dict(kind="multitask"), {"lr": 0.02}),
     ("llama_biases", "prefix_cosine", dict(kind="prefix"), {"schedule": "cosine", "weight_decay": 0.1, "clip": 0.5}),
+    # K and V as large as a long training leaves them: most of the softmax is 0 or 1.
+    ("llama_biases", "prefix_large", dict(kind="prefix"), {"scale": 12.0, "lr": 0.1}),
     ("llama_biases", "prefix_cls", dict(kind="prefix", labels=3), {}),
     ("gemma2", "prompt", dict(kind="prompt"), {}),
     ("gpt2_by_layer", "prefix", dict(kind="prefix"), {}),
@@ -114,7 +116,7 @@ def loss_of(model, example: dict, kind: str, labels: int) -> tuple[torch.Tensor,
 def run(root: Path, model_name: str, adapter: str, how: dict, changed: dict) -> None:
     torch.manual_seed(5)
     kind, labels = how["kind"], how.get("labels", 0)
-    settings = {"lr": 0.01, "schedule": "linear", "weight_decay": 0.01, "clip": 1.0, **changed}
+    settings = {"lr": 0.01, "schedule": "linear", "weight_decay": 0.01, "clip": 1.0, "scale": 0.3, **changed}
     base = load(root / model_name, labels)
     vocab = base.get_input_embeddings().num_embeddings
     model = get_peft_model(base, config(kind, TaskType.SEQ_CLS if labels else TaskType.CAUSAL_LM))
@@ -126,7 +128,7 @@ def run(root: Path, model_name: str, adapter: str, how: dict, changed: dict) -> 
                 # PEFT's start is so near to 0 that nothing would be seen of it.
                 parameter.add_(0.7 if name.endswith("cols") else 0.5)
             elif "embedding" in name:
-                parameter.mul_(0.3)
+                parameter.mul_(settings["scale"])
     out = {f"init.{n}": p.detach().clone() for n, p in trained.items()}
     examples = data(vocab, labels, 3 if kind == "multitask" else 0)
     generator = torch.Generator().manual_seed(3)

@@ -89,6 +89,9 @@ pub(crate) struct Settings {
     /// Whether the end-of-sequence token follows.
     #[arg(long, value_name = "BOOL")]
     append_eos: Option<bool>,
+    /// Take the examples in their order, epoch for epoch.
+    #[arg(long)]
+    keep_order: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -207,6 +210,7 @@ impl From<Settings> for proto::TrainingSettings {
             // What the shell cannot easily say.
             target_template: s.target_template.map(|t| t.replace("\\n", "\n")),
             append_eos: s.append_eos,
+            keep_order: s.keep_order,
         }
     }
 }

@@ -72,6 +72,7 @@ pub fn settings(wire: proto::TrainingSettings) -> Result<Settings> {
         },
         target_template: wire.target_template.unwrap_or(usual.target_template),
         append_eos: wire.append_eos,
+        keep_order: wire.keep_order,
     })
 }
 
@@ -141,6 +142,7 @@ fn settings_to_wire(s: &Settings) -> proto::TrainingSettings {
         .into(),
         target_template: Some(s.target_template.clone()),
         append_eos: s.append_eos,
+        keep_order: s.keep_order,
     }
 }
 
