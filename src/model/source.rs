@@ -22,7 +22,7 @@ pub struct ModelFiles {
     pub tokenizer_config: Option<Bytes>,
     /// `chat_template.jinja`: where newer transformers saves the chat template.
     pub chat_template: Option<Bytes>,
-    /// One or more safetensors, or one GGUF.
+    /// One or more safetensors, or a GGUF in one or more parts.
     pub weights: Vec<WeightFile>,
 }
 
@@ -104,7 +104,7 @@ fn only_gguf(dir: &Path) -> Result<Option<PathBuf>> {
     names.sort();
     match names.as_slice() {
         [] => Ok(None),
-        [one] => Ok(Some(dir.join(one))),
+        [first, ..] if parts(first) == names => Ok(Some(dir.join(first))),
         several => {
             let rule = format!("a folder with {} of them; name one: {}", several.len(), several.join(", "));
             Err(Error::invalid("model", dir.display(), rule))
@@ -112,12 +112,31 @@ fn only_gguf(dir: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
+/// The names of all parts of a split model, by that of the first, NAME-00001-of-0000N.gguf; of any other file its own.
+fn parts(first: &str) -> Vec<String> {
+    let count = |stem: &str| -> Option<(String, u32)> {
+        let (stem, count) = stem.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let name = stem.strip_suffix("-00001")?;
+        (count.len() == 5).then(|| Some((name.to_owned(), count.parse().ok()?))).flatten()
+    };
+    match count(first) {
+        Some((name, count)) if count > 1 => (1..=count).map(|i| format!("{name}-{i:05}-of-{count:05}.gguf")).collect(),
+        _ => vec![first.to_owned()],
+    }
+}
+
 /// A GGUF, and the tokenizer that lies beside it in Hugging Face's files, if one does.
 fn gguf(name: &str, path: &Path) -> Result<ModelFiles> {
-    let bytes = Mapped::open(path).or_kind(Kind::InvalidArgument, path.display())?;
-    let read_header = || SmallFiles::of(&Gguf::parse(&bytes)?);
-    let small = read_header().map_err(|e| e.context(path.display()))?;
     let dir = path.parent().unwrap_or(Path::new(""));
+    let file = path.file_name().map_or_else(|| name.to_owned(), |n| n.to_string_lossy().into_owned());
+    let open = |file: String| {
+        let path = dir.join(&file);
+        let bytes = Mapped::open(&path).or_kind(Kind::InvalidArgument, path.display())?;
+        Ok(WeightFile { name: file, bytes: Bytes::Mapped(bytes) })
+    };
+    let weights = parts(&file).into_iter().map(open).collect::<Result<Vec<_>>>()?;
+    let read_header = || SmallFiles::of(&Gguf::open(weights.iter().map(|file| &*file.bytes))?);
+    let small = read_header().map_err(|e| e.context(path.display()))?;
     let beside = |file: &str| optional(dir, file);
     Ok(ModelFiles {
         name: name.into(),
@@ -129,10 +148,7 @@ fn gguf(name: &str, path: &Path) -> Result<ModelFiles> {
         },
         tokenizer_config: Some(beside("tokenizer_config.json")?.unwrap_or(small.tokenizer_config)),
         chat_template: beside("chat_template.jinja")?,
-        weights: vec![WeightFile {
-            name: path.file_name().map_or_else(|| name.to_owned(), |n| n.to_string_lossy().into_owned()),
-            bytes: Bytes::Mapped(bytes),
-        }],
+        weights,
     })
 }
 
@@ -178,11 +194,15 @@ fn optional(dir: &Path, file: &str) -> Result<Option<Bytes>> {
     path.is_file().then(|| read(&path).map(Bytes::Owned)).transpose()
 }
 
-/// Downloads one GGUF of a hub id, if it is not cached.
+/// Downloads the GGUF of a hub id, all parts of it, if it is not cached.
 fn hub_gguf(name: &str, id: &str, file: &str) -> Result<ModelFiles> {
     let place = format!("model `{name}` is no file here, and the hub");
     let api = hf_hub::api::sync::ApiBuilder::from_env().build().or_kind(Kind::InvalidArgument, &place)?;
-    gguf(name, &api.model(id.to_owned()).get(file).or_kind(Kind::InvalidArgument, &place)?)
+    let repo = api.model(id.to_owned());
+    let get = |file: &String| repo.get(file).or_kind(Kind::InvalidArgument, format!("{place}: {file}"));
+    let found = parts(file).iter().map(get).collect::<Result<Vec<_>>>()?;
+    let first = found.first().ok_or_else(|| Error::internal("a GGUF without a part"))?;
+    gguf(name, first)
 }
 
 /// Downloads what is not cached, then serves the cache's folder.
@@ -255,6 +275,19 @@ mod tests {
         assert!(e.contains("/no/such/folder"), "{e}");
         let e = resolve("models/none.gguf").err().unwrap().to_string();
         assert!(e.contains("models/none.gguf") && e.contains("no file here"), "{e}");
+    }
+
+    #[test]
+    fn parts_are_named_by_the_first() {
+        assert_eq!(
+            parts("q/m-00001-of-00003.gguf"),
+            ["q/m-00001-of-00003.gguf", "q/m-00002-of-00003.gguf", "q/m-00003-of-00003.gguf"]
+        );
+        for alone in
+            ["m.gguf", "m-00002-of-00003.gguf", "m-00001-of-3.gguf", "m-00001-of-00001.gguf", "m-00001-of-0000x.gguf"]
+        {
+            assert_eq!(parts(alone), [alone]);
+        }
     }
 
     #[test]

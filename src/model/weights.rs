@@ -65,12 +65,11 @@ impl<'a> Checkpoint<'a> {
     ) -> Result<Self> {
         let types = dtype.map_or(Types::Own, Types::All);
         let mut checkpoint = Checkpoint { left: BTreeMap::new(), names: None, types, parameters: 0, found: None };
-        for file in files {
-            if Gguf::is(&file.bytes) {
-                checkpoint.open_gguf(file, dtype, quantize, config).map_err(|e| e.context(&file.name))?;
-            } else {
-                checkpoint.open_safetensors(file)?;
+        match files.first() {
+            Some(first) if Gguf::is(&first.bytes) => {
+                checkpoint.open_gguf(files, dtype, quantize, config).map_err(|e| e.context(&first.name))?;
             }
+            _ => files.iter().try_for_each(|file| checkpoint.open_safetensors(file))?,
         }
         Ok(checkpoint)
     }
@@ -91,18 +90,18 @@ impl<'a> Checkpoint<'a> {
 
     fn open_gguf(
         &mut self,
-        file: &'a WeightFile,
+        files: &'a [WeightFile],
         dtype: Option<DType>,
         quantize: Quantize,
         config: &ModelConfig,
     ) -> Result<()> {
-        let gguf = Gguf::parse(&file.bytes)?;
+        let gguf = Gguf::open(files.iter().map(|file| &*file.bytes))?;
         let names = TensorNames::new(&gguf, config)?;
         self.types = Types::Matrices(matrix_type(&gguf, dtype, quantize));
         for (name, stored) in gguf.tensors() {
             let Some(full) = names.full(name) else { continue };
             let content = Content::Gguf { stored: stored.clone(), paired: names.paired_heads(name) };
-            self.add(full, Weight { file: &file.name, shape: stored.shape.clone(), content })?;
+            self.add(full, Weight { file: &files[0].name, shape: stored.shape.clone(), content })?;
         }
         self.names = Some(names);
         Ok(())

@@ -20,7 +20,7 @@ const MAX_DIMENSIONS: u32 = 4;
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_ALIGNMENT: u64 = 1 << 20;
 
-/// One open file.
+/// One open file, or all parts of a model as one.
 pub struct Gguf<'a> {
     metadata: BTreeMap<&'a str, Value<'a>>,
     tensors: BTreeMap<&'a str, Stored<'a>>,
@@ -43,12 +43,50 @@ impl<'a> Gguf<'a> {
         bytes.starts_with(MAGIC)
     }
 
-    /// Reads the header.
+    /// Reads the headers of all parts of a model, in order: mostly there is one. The first part has the metadata.
+    ///
+    /// # Errors
+    /// As of [`Self::parse`]; `FailedPrecondition` if these are not all parts, or not in their places.
+    pub fn open(parts: impl ExactSizeIterator<Item = &'a [u8]>) -> Result<Self> {
+        let given = parts.len();
+        let mut whole = Gguf { metadata: BTreeMap::new(), tensors: BTreeMap::new() };
+        for (i, bytes) in parts.enumerate() {
+            let part = Self::parse(bytes)?;
+            let number = |key, usual: usize| part.metadata.get(key).map_or(Some(usual as u64), Value::as_u64);
+            let (no, count) = (number("split.no", 0), number("split.count", 1));
+            // A model that was not split is one of 0 parts for some writers.
+            if count.map(|count| count.max(1)) != Some(given as u64) || no != Some(i as u64) {
+                let says = |key| part.metadata.get(key).map_or("absent".to_owned(), ToString::to_string);
+                return Err(Error::precondition(format!(
+                    "`split.no` is {} and `split.count` {}, where part {i} of {given} is wanted: parts lie beside each other as \
+                     NAME-00001-of-0000N.gguf, and the first one is named",
+                    says("split.no"),
+                    says("split.count")
+                )));
+            }
+            if let Some(name) = part.tensors.keys().find(|name| whole.tensors.contains_key(*name)) {
+                return Err(bad(format!("part {i} has the tensor {name}, which another part has too")));
+            }
+            whole.tensors.extend(part.tensors);
+            if i == 0 {
+                whole.metadata = part.metadata;
+            }
+        }
+        let (key, found) = ("split.tensors.count", whole.tensors.len());
+        match whole.metadata.get(key) {
+            Some(count) if given > 1 && count.as_u64() != Some(found as u64) => {
+                Err(Error::precondition(format!("`{key}` is {count}, the {given} parts have {found}")))
+            }
+            _ => Ok(whole),
+        }
+    }
+
+    /// Reads the header of one file.
     ///
     /// # Errors
     /// `InvalidArgument` naming the entry, what it says and the limit; `FailedPrecondition` for what is well-formed and not
     /// served: versions, byte orders, types of tensors.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self> {
         let mut r = Reader::new(bytes);
         let magic = r.take(4, "the magic")?;
         if magic != MAGIC {
@@ -77,7 +115,6 @@ impl<'a> Gguf<'a> {
         let start = (r.at() as u64).next_multiple_of(alignment);
         let data = bytes.get(usize::try_from(start).unwrap_or(usize::MAX)..).unwrap_or_default();
         gguf.tensors = place(found, data, alignment)?;
-        gguf.whole()?;
         Ok(gguf)
     }
 
@@ -89,16 +126,6 @@ impl<'a> Gguf<'a> {
                 Some(a) => Ok(a),
                 None => Err(Error::invalid(key, v, format!("must be a power of two from 8 to {MAX_ALIGNMENT}"))),
             },
-        }
-    }
-
-    /// A part of a split model has not all tensors.
-    fn whole(&self) -> Result<()> {
-        match self.metadata.get("split.count").and_then(Value::as_u64) {
-            Some(count) if count > 1 => Err(Error::precondition(format!(
-                "`split.count` is {count}: the file is one of {count} parts, which are served once they are merged"
-            ))),
-            _ => Ok(()),
         }
     }
 

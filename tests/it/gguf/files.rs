@@ -1,8 +1,9 @@
 //! Where a GGUF may lie, what may lie beside it, and that adapters serve on one.
 use super::convert::convert;
 use super::folder;
+use super::write::{Gguf, Value as FileValue};
 use crate::served::{Served, prompt};
-use crate::support::{embedded, load, logits};
+use crate::support::{embedded, load, logits, try_load};
 use allocation_counter::measure;
 use candle_core::quantized::GgmlDType;
 use prefixd::config::{Config, DtypeChoice, Quantize};
@@ -35,6 +36,44 @@ fn a_file_or_its_folder() {
     std::fs::write(dir.path().join("chat_template.jinja"), "{{ bos_token }}hello").unwrap();
     let template = model().chat_template().clone().unwrap();
     assert_eq!(template.render(&[], true).unwrap(), "<s>hello");
+}
+
+/// A model in parts, as gguf-split leaves it: the first part has the metadata, and may have no tensor. Named by the first, or by the folder.
+#[test]
+fn parts_of_a_model() {
+    let whole = convert(Path::new(DEMO), GgmlDType::BF16).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |no: usize| dir.path().join(format!("m-{:05}-of-00003.gguf", no + 1));
+    let all = whole.tensors.len();
+    let write = |at: usize, no: u32, tensors: std::ops::Range<usize>| {
+        let mut part = if no == 0 { whole.clone() } else { Gguf::new() };
+        part.tensors = whole.tensors[tensors].to_vec();
+        part.set("split.no", FileValue::U32(no));
+        part.set("split.count", FileValue::U32(3));
+        part.set("split.tensors.count", FileValue::U32(all as u32));
+        std::fs::write(path(at), part.bytes()).unwrap();
+    };
+    let tokens: Vec<u32> = (0..20).collect();
+    let want = logits(&embedded(), None, &tokens);
+    for first in [0, 5] {
+        write(0, 0, 0..first);
+        write(1, 1, first..9);
+        write(2, 2, 9..all);
+        for name in [path(0).to_str().unwrap(), dir.path().to_str().unwrap()] {
+            assert_eq!(logits(&load(name, DtypeChoice::Auto), None, &tokens), want);
+        }
+    }
+    let says = |at: usize| try_load(path(at).to_str().unwrap(), DtypeChoice::Auto).err().unwrap().to_string();
+    let second = says(1);
+    assert!(second.contains("`split.no` is 1") && second.contains("the first one is named"), "{second}");
+    write(2, 1, 9..all);
+    assert!(says(0).contains("part 2 of 3"), "{}", says(0));
+    write(2, 2, 10..all);
+    assert!(says(0).contains(&format!("`split.tensors.count` is {all}, the 3 parts have {}", all - 1)), "{}", says(0));
+    write(2, 2, 8..all);
+    assert!(says(0).contains("which another part has too"), "{}", says(0));
+    std::fs::remove_file(path(2)).unwrap();
+    assert!(says(0).contains("m-00003-of-00003.gguf"), "{}", says(0));
 }
 
 /// The shipped adapters answer on a GGUF of their base as on the base.

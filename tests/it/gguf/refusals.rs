@@ -141,7 +141,7 @@ fn architectures_and_parts() {
     says(Unserved, |g| g.set("general.architecture", "mamba".into()), &["mamba", "llama, qwen2, qwen3, gemma"]);
     says(Broken, |g| g.remove("general.architecture"), &["general.architecture"]);
     says(Unserved, |g| g.set("general.architecture", Value::U32(7)), &["general.architecture", "7"]);
-    says(Unserved, |g| g.set("split.count", Value::U32(4)), &["split.count", "4 parts"]);
+    says(Unserved, |g| g.set("split.count", Value::U32(4)), &["`split.count` 4", "part 0 of 1"]);
     says(Unserved, |g| g.set("llama.expert_count", Value::U32(8)), &["llama.expert_count", "8"]);
     says(Unserved, |g| g.set("llama.logit_scale", Value::F32(0.5)), &["llama.logit_scale", "0.5"]);
     says(Unserved, |g| g.set("llama.attention.causal", Value::Bool(false)), &["llama.attention.causal"]);
