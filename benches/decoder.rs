@@ -17,7 +17,7 @@ use prefixd::ops::gpu::Gpu;
 use prefixd::ops::limits;
 use prefixd::ops::linear::Kind;
 use prefixd::ops::sample::Filter;
-use prefixd::ops::sample::device::{Choices, Penalties, Sampling};
+use prefixd::ops::sample::device::{Choices, Penalties};
 use shape::{EIGHT_B, HALF_B, median};
 use std::time::Instant;
 
@@ -132,7 +132,7 @@ fn gpu_limits(gpu: &Gpu, dtype: DType) -> Limits {
 /// Medians of the seconds that a step takes, tokens included where they are chosen on a GPU, and of those after which all of it was
 /// queued there.
 fn timed(tries: usize, model: &Model, batch: &Batch, kv: &KvPool) -> (f64, f64) {
-    let mut sampling = model.gpu().map(|gpu| Sampling::new(gpu, batch.logit_rows.len()).unwrap());
+    let mut sampling = model.sampling(batch.logit_rows.len()).unwrap();
     let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
     let mut choices = Choices::default();
     (0..batch.logit_rows.len()).for_each(|row| choices.push(row, &filter, 0.0, &Penalties::NONE, [], &[]));
@@ -140,9 +140,12 @@ fn timed(tries: usize, model: &Model, batch: &Batch, kv: &KvPool) -> (f64, f64) 
     let step = median(tries, || {
         let began = Instant::now();
         let logits = model.logits(&model.forward(batch, kv).unwrap().unwrap()).unwrap();
-        let tokens = sampling.as_mut().map(|sampling| sampling.tokens(&logits, &choices).unwrap());
+        let tokens = sampling.as_mut().map(|sampling| {
+            sampling.choose(&logits, 0, &choices, &[]).unwrap();
+            sampling.finish(choices.len()).unwrap()
+        });
         queued.push(began.elapsed().as_secs_f64());
-        drop(tokens.map(|tokens| tokens.to_vec1::<u32>().unwrap()));
+        drop(tokens.map(|tokens| tokens.wait().unwrap()));
     });
     queued.sort_by(f64::total_cmp);
     (step, queued[queued.len() / 2])

@@ -246,7 +246,8 @@ impl Bench {
             }
             if self.wants("sample") && m <= 64 {
                 let logits = (Tensor::randn(0f32, 1.0, (m, VOCAB), &self.gpu.device())? * 3.0)?;
-                let mut sampling = Sampling::new(&self.gpu, m)?;
+                let before = Arc::new(Buffer::poisoned(&self.gpu, 4 * m)?);
+                let mut sampling = Sampling::new(&self.gpu, &before, m)?;
                 for (name, temperature, top_k, top_p) in [
                     ("greedy", 0.0, 0, 1.0),
                     ("temperature", 1.0, 0, 1.0),
@@ -255,7 +256,7 @@ impl Bench {
                 ] {
                     let (filter, mut choices) = (Filter { temperature, top_k, top_p, min_p: 0.0 }, Choices::default());
                     (0..m).for_each(|row| choices.push(row, &filter, 0.37, &Penalties::NONE, [], &[]));
-                    let own = self.seconds(|| sampling.tokens(&logits, &choices).map(drop))?;
+                    let own = self.seconds(|| sampling.choose(&logits, 0, &choices, &[]).map(drop))?;
                     self.report("sample", &format!("{m} x {VOCAB}, {name}"), bytes(2 * m * VOCAB), own, None);
                 }
             }

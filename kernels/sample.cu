@@ -16,7 +16,8 @@
 // NaN counts as -inf, the temperature included as 0; without a token of positive weight the choice is the greedy one.
 //
 // Layout: logits [rows, vocab] of T, vocab <= 2^19; one Choice or Wanted a block, each names its row. changes: (id, count in
-// the output, or BANNED), those of a choice sorted by id, each id < vocab once. out [wanted, 1 + 2 width]: the bits of the
+// the output, or BANNED), those of a choice sorted by id, each id < vocab once; the token of place `pending` of `before`, which the host
+// has not read yet, counts once more. out [wanted, 1 + 2 width]: the bits of the
 // token's log-probability, then the ids of the `top` <= width best and then their log-probabilities' bits, best first.
 // Grid: a block of 1024 threads a choice. Shared memory: 32 KiB, two histograms of 2048 bins of 64 bits.
 // Roofline: greedy reads the row once. A draw reads it 4 to 9 times (a row of 152k f32 is 0.6 MB, which L2 holds after the
@@ -41,6 +42,8 @@ struct Choice {
     float min_p;        // 0 keeps all
     float repetition, presence, frequency;
     unsigned begin, end;  // of its changes
+    unsigned pending;     // place in `before` of a token that was seen once more than the changes say; BANNED: none
+    unsigned unused;
 };
 
 // Log-probabilities to compute: of `token`, or of what choice `from` chose; and of the `top` best.
@@ -85,6 +88,7 @@ template <typename T> struct Row {
     const Change* changes;
     int count;
     float repetition, presence, frequency;
+    unsigned pending;  // a token that was seen once more; BANNED: none
 
     // No fused multiply and add: the CPU rounds twice.
     __device__ __forceinline__ float changed(float x, unsigned count) const {
@@ -92,7 +96,7 @@ template <typename T> struct Row {
         x = x > 0.f ? __fdiv_rn(x, repetition) : __fmul_rn(x, repetition);
         return count ? __fsub_rn(x, __fadd_rn(presence, __fmul_rn(frequency, (float)count))) : x;
     }
-    __device__ __forceinline__ bool is_changed(unsigned id) const {
+    __device__ __forceinline__ bool is_listed(unsigned id) const {
         int low = 0, high = count;
         while (low < high) {
             const int middle = (low + high) / 2;
@@ -101,6 +105,7 @@ template <typename T> struct Row {
         }
         return low < count && changes[low].id == id;
     }
+    __device__ __forceinline__ bool is_changed(unsigned id) const { return id == pending || is_listed(id); }
 };
 
 // What a visited value stands for: as in memory, whether changed or not; the same of a changed token, to take off; its new one.
@@ -125,7 +130,12 @@ template <typename T, typename F> __device__ __forceinline__ void visit(const Ro
         if ((int)change.id < begin || (int)change.id >= end) continue;
         const float x = to_float(row.logits[change.id]);
         f(x, change.id, OFF);
-        f(row.changed(x, change.count), change.id, ON);
+        f(row.changed(x, change.count + (change.id == row.pending && change.count != BANNED)), change.id, ON);
+    }
+    if (threadIdx.x == 0 && row.pending != BANNED && (int)row.pending >= begin && (int)row.pending < end && !row.is_listed(row.pending)) {
+        const float x = to_float(row.logits[row.pending]);
+        f(x, row.pending, OFF);
+        f(row.changed(x, 1), row.pending, ON);
     }
 }
 
@@ -318,9 +328,10 @@ template <typename T> __device__ unsigned choose(const Row<T>& row, const Choice
 
 template <typename T>
 __device__ void sample(const T* __restrict__ logits, const Choice* __restrict__ choices, const Change* __restrict__ changes,
-                       unsigned* __restrict__ tokens, int vocab) {
+                       const unsigned* __restrict__ before, unsigned* __restrict__ tokens, int vocab) {
     const Choice c = choices[blockIdx.x];
-    const Row<T> row = {logits + (size_t)c.row * vocab, vocab, changes + c.begin, (int)(c.end - c.begin), c.repetition, c.presence, c.frequency};
+    const Row<T> row = {logits + (size_t)c.row * vocab, vocab, changes + c.begin, (int)(c.end - c.begin), c.repetition, c.presence, c.frequency,
+                        c.pending == BANNED ? BANNED : before[c.pending]};
     const unsigned token = choose(row, c);
     if (threadIdx.x == 0) tokens[blockIdx.x] = token;
 }
@@ -333,7 +344,7 @@ __device__ void logprobs(const T* __restrict__ logits, const Wanted* __restrict_
     __shared__ unsigned few;
     const Histogram first = {bins, bins + BINS}, scratch = {bins + 2 * BINS, bins + 3 * BINS};
     const Wanted want = wanted[blockIdx.x];
-    const Row<T> row = {logits + (size_t)want.row * vocab, vocab, nullptr, 0, 1.f, 0.f, 0.f};
+    const Row<T> row = {logits + (size_t)want.row * vocab, vocab, nullptr, 0, 1.f, 0.f, 0.f, BANNED};
     out += (size_t)blockIdx.x * (1 + 2 * width);
     const float nan = __uint_as_float(0x7fc00000u);
 
@@ -383,8 +394,9 @@ __device__ void logprobs(const T* __restrict__ logits, const Wanted* __restrict_
 
 #define KERNEL(SUFFIX, T)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS) sample_##SUFFIX(const T* logits, const Choice* choices,          \
-                                                                          const Change* changes, unsigned* tokens, int vocab) { \
-        sample<T>(logits, choices, changes, tokens, vocab);                                                                \
+                                                                          const Change* changes, const unsigned* before,     \
+                                                                          unsigned* tokens, int vocab) {                   \
+        sample<T>(logits, choices, changes, before, tokens, vocab);                                                                \
     }                                                                                                                      \
     EXPORT(sample_##SUFFIX)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS) logprobs_##SUFFIX(const T* logits, const Wanted* wanted,         \

@@ -40,7 +40,7 @@ run() {
 }
 
 oracles() {
-    for test in oracle_peft golden_text training_oracle; do
+    for test in oracle_peft golden_text training_oracle sampled_tokens; do
         PREFIXD_TEST_DEVICE=cuda:0 run 100 "$test.log" "$binaries/it" "$test" --nocapture --test-threads 4
         grep -E "^test |largest difference|test result|panicked" "$out/$test.log" | tail -12
     done

@@ -12,7 +12,7 @@ mod weights;
 
 use crate::adapter::{BaseShape, Head};
 use crate::config::{Device, DtypeChoice, KvCacheDtype, Quantize};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, without_trace};
 use crate::kv::{KvPool, PageId, pages_for};
 use crate::ops::Machine;
 use crate::ops::Pool;
@@ -20,6 +20,7 @@ use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::embed::RowSource;
 use crate::ops::gpu::Gpu;
 use crate::ops::linear::Linear;
+use crate::ops::sample::device::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use batch::{Batch, Rows};
@@ -219,6 +220,16 @@ impl Model {
     /// The GPU that it lies on.
     pub fn gpu(&self) -> Option<&Gpu> {
         self.decoder.machine().gpu()
+    }
+
+    /// What chooses the tokens of steps of up to `rows` sequences, if it lies on a GPU.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if that is too many.
+    pub fn sampling(&self, rows: usize) -> Result<Option<Sampling>> {
+        let Some((gpu, sampled)) = self.gpu().zip(self.decoder.sampled()) else { return Ok(None) };
+        let new = Sampling::new(gpu, sampled, rows);
+        new.map(Some).map_err(|e| Error::invalid("engine.max_sequences", rows, without_trace(e)))
     }
 
     /// Waits until a GPU has done what it was given.

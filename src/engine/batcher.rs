@@ -45,7 +45,10 @@ pub fn build(step: &Step, scheduler: &Scheduler, hidden: usize) -> (Batch, Vec<L
         let resident = entry.prefix().and_then(|p| scheduler.prefixes().get(&p.digest));
         inputs.clear();
         let own = entry.soft().map_or(&[][..], |s| &s.rows);
-        let soft = gather(&entry.tokens()[chunk.rows.clone()], own, hidden, &mut inputs);
+        let known = chunk.rows.end.min(entry.tokens().len());
+        let soft = gather(&entry.tokens()[chunk.rows.start..known], own, hidden, &mut inputs);
+        // One step is under way at most, so that one token may be unread.
+        inputs.extend(entry.unread().filter(|_| known < chunk.rows.end).map(RowSource::Sampled));
         let (scored, sampled) = entry.logits(&chunk.rows);
         uses.extend(scored.clone().map(|row| LogitUse::Score { id: chunk.id, index: row + 1 }));
         uses.extend(sampled.then_some(LogitUse::Sample { id: chunk.id }));

@@ -53,7 +53,7 @@ pub fn take(
         let logits = &logits[i * width..(i + 1) * width];
         match &mut *row.lock().unwrap_or_else(PoisonError::into_inner) {
             Row::Sample { sequence, token } => {
-                let banned = sequence.banned(eos);
+                let banned = sequence.banned(eos, 0);
                 *token = Some(sequence.sampler.sample(logits, banned));
             }
             Row::Score { token, top, logprob, .. } => *logprob = Some(sampler::logprob(logits, *token, *top)),

@@ -64,10 +64,17 @@ impl Sampler {
         &self.filter
     }
 
-    /// What makes seen tokens less likely.
-    pub fn penalties(&self) -> Penalties {
+    /// What makes seen tokens less likely, and the one in place `unread` of the device.
+    pub fn penalties(&self, unread: Option<u32>) -> Penalties {
         let s = &self.sampling;
-        Penalties { repetition: s.repetition_penalty, presence: s.presence_penalty, frequency: s.frequency_penalty }
+        let (repetition, presence, frequency) = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty);
+        Penalties { repetition, presence, frequency, pending: unread.filter(|_| self.counts()) }
+    }
+
+    /// Whether what was seen matters.
+    fn counts(&self) -> bool {
+        let s = &self.sampling;
+        s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0
     }
 
     /// Tokens that penalties apply to, and how often each is in the output.
@@ -82,8 +89,7 @@ impl Sampler {
 
     /// A token was chosen, here or elsewhere.
     pub fn took(&mut self, id: u32) {
-        let s = &self.sampling;
-        if s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0 {
+        if self.counts() {
             *self.seen.entry(id).or_insert(0) += 1;
         }
     }

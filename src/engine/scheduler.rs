@@ -12,7 +12,7 @@ pub use step::{Chunk, Counters, NewSequence, Pooling, PrefixChunk, SchedulerConf
 
 use super::fair_queue::FairQueue;
 use super::residency::Residency;
-use crate::adapter::{Digest, InputRow, Prefix};
+use crate::adapter::{Digest, Prefix};
 use crate::error::{Error, Result};
 use crate::kv::block_allocator::BlockAllocator;
 use crate::kv::{PAGE_TOKENS, pages_for};
@@ -154,7 +154,7 @@ impl Scheduler {
         self.counters
     }
 
-    /// The step ran: its K and V are in the pool.
+    /// The step ran, or was launched: its K and V are in the pool for whatever runs after it.
     pub fn complete(&mut self, step: &Step) {
         for chunk in &step.prefixes {
             if let Some(resident) = self.prefixes.get_mut(&chunk.digest) {
@@ -167,18 +167,30 @@ impl Scheduler {
         for chunk in &step.sequences {
             let Some(e) = self.sequences.get_mut(&chunk.id) else { continue };
             e.computed = chunk.rows.end;
-            if self.config.prefix_caching && !e.whole() {
-                e.extend_hashes(e.computed / PAGE_TOKENS);
-                let sealed = chunk.rows.start / PAGE_TOKENS..e.computed / PAGE_TOKENS;
-                sealed.for_each(|b| self.pages.seal(e.pages[b], e.hashes[b]));
-            }
+            self.seal(chunk.id);
         }
     }
 
-    /// A token was sampled for a sequence.
+    /// A launched step chooses the sequence's next token, in `place` of the tokens on the device. The sequence goes on before it is
+    /// known, and until the next step its row may be read from there.
+    pub fn chosen(&mut self, id: SequenceId, place: u32) {
+        self.sequences.get_mut(&id).into_iter().for_each(|e| e.chosen(place));
+    }
+
+    /// A token was sampled for a sequence, or read: the first one that was [`Self::chosen`] and not known.
     pub fn push_token(&mut self, id: SequenceId, token: u32) {
-        if let Some(e) = self.sequences.get_mut(&id) {
-            e.tokens.push(InputRow::Token(token));
+        self.sequences.get_mut(&id).into_iter().for_each(|e| e.push(token));
+        self.seal(id);
+    }
+
+    /// Lets others find a sequence's full blocks whose tokens are known.
+    fn seal(&mut self, id: SequenceId) {
+        let Some(e) = self.sequences.get_mut(&id) else { return };
+        if self.config.prefix_caching && !e.whole() {
+            let full = e.computed.min(e.tokens.len()) / PAGE_TOKENS;
+            e.extend_hashes(full);
+            (e.sealed..full).for_each(|b| self.pages.seal(e.pages[b], e.hashes[b]));
+            e.sealed = e.sealed.max(full);
         }
     }
 

@@ -86,9 +86,9 @@ impl Sequence {
         self.timings.preemptions += 1;
     }
 
-    /// Tokens that must not be chosen now: the end, before `min_new_tokens`.
-    pub fn banned<'a>(&self, eos: &'a [u32]) -> &'a [u32] {
-        if self.usage.generated < self.stopping.min_new_tokens { eos } else { &[] }
+    /// Tokens that must not be chosen now, with `unread` ones generated besides those that it took: the end, before `min_new_tokens`.
+    pub fn banned<'a>(&self, eos: &'a [u32], unread: usize) -> &'a [u32] {
+        if self.usage.generated + unread < self.stopping.min_new_tokens { eos } else { &[] }
     }
 
     /// The log-probability of own token `index`. What preemption makes it compute again is known already.

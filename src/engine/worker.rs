@@ -1,9 +1,13 @@
 //! The engine thread: owns the model, the pool and every sequence.
 use super::capacity;
 use super::guest::Hosting;
-use super::readout;
+use super::readout::{
+    self,
+    on_device::{Choosing, Chosen},
+};
 use super::request::{Event, FinishReason, Request};
 use super::runner::{Logits, Runner};
+use super::sampler::Sampled;
 use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
 use super::shared::Shared;
@@ -44,8 +48,19 @@ pub struct Worker {
     inbox: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
     hosting: Hosting,
+    /// The step that a GPU is at, launched and not collected.
+    under_way: Option<Launched>,
     /// What it counts itself; the rest of the figures is others'.
     counted: Stats,
+}
+
+/// A step whose work was given to the device, or done.
+struct Launched {
+    step: Step,
+    /// Its tokens, where the model is on the processor.
+    sampled: Vec<(SequenceId, Sampled)>,
+    /// What a GPU chooses.
+    chosen: Option<Chosen>,
 }
 
 impl Worker {
@@ -76,7 +91,7 @@ impl Worker {
             prefix_caching: config.prefix_caching,
         });
         Ok(Worker {
-            sampling: model.gpu().map(|gpu| Sampling::new(gpu, config.max_sequences)).transpose()?,
+            sampling: model.sampling(config.max_sequences)?,
             runner: Runner::new(model, pages)?,
             scheduler,
             sequences: HashMap::new(),
@@ -84,6 +99,7 @@ impl Worker {
             inbox,
             shared,
             hosting: Hosting::new(guest),
+            under_way: None,
             counted: Stats::default(),
         })
     }
@@ -109,7 +125,9 @@ impl Worker {
         self.waiting.drain().flat_map(|(_, w)| w).for_each(|done| drop(done.send(Err(stopped()))));
     }
 
-    /// Steps of serving, and slices of the guest's work between them.
+    /// Steps of serving, and slices of the guest's work between them. A GPU works at a step while the next one is planned and launched: its
+    /// tokens are not known by then, and need not be. A sequence that turns out to have ended with one has run a row too many, of which
+    /// nothing is kept.
     ///
     /// # Errors
     /// When the GPU is lost.
@@ -119,9 +137,14 @@ impl Worker {
             self.reap();
             let step = self.scheduler.schedule();
             self.announce(&step);
-            if !step.is_empty() && !self.step(&step) {
-                // Out of memory is this step's alone; after a fault every call fails, and so would every request.
-                self.runner.model().synchronize()?;
+            let launched = if step.is_empty() { None } else { self.launch(step)? };
+            if let Some(before) = std::mem::replace(&mut self.under_way, launched) {
+                self.collect(before)?;
+            }
+            // The guest's slices wait for all work, which would be on its account.
+            let ahead = self.sampling.is_some() && !self.hosting.awake();
+            if let Some(now) = self.under_way.take_if(|_| !ahead) {
+                self.collect(now)?;
             }
             self.answer_waiting();
             self.counted.step_time += began.elapsed();
@@ -134,7 +157,7 @@ impl Worker {
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.
     fn listen(&mut self) -> bool {
-        if !self.scheduler.has_work() && !self.hosting.awake() {
+        if self.under_way.is_none() && !self.scheduler.has_work() && !self.hosting.awake() {
             match self.inbox.blocking_recv() {
                 Some(command) => self.obey(command),
                 None => return false,
@@ -218,41 +241,63 @@ impl Worker {
         }
     }
 
-    /// False: it failed, and so did its sequences.
-    fn step(&mut self, step: &Step) -> bool {
+    /// Runs a step, on a GPU up to the launch. `None`: it failed, and so did its sequences.
+    ///
+    /// # Errors
+    /// When the GPU is lost.
+    fn launch(&mut self, step: Step) -> Result<Option<Launched>> {
         self.counted.steps += 1;
         let eos = self.runner.model().eos_token_ids().to_vec();
-        let mut sampled = Vec::new();
+        let (mut sampled, mut choosing) = (Vec::new(), Choosing::default());
         let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
         let sampling = &mut self.sampling;
         // A panic here is a bug of ours; it must cost the requests of this step only.
         let run = AssertUnwindSafe(|| {
-            let heads: HashMap<SequenceId, Arc<Head>> = classified(step, sequences);
+            let heads: HashMap<SequenceId, Arc<Head>> = classified(&step, sequences);
             let head = |id| heads.get(&id).map(|h| &**h);
             let pool = runner.model().threads();
-            runner.run(step, scheduler, head, |uses, logits| match (logits, &mut *sampling) {
+            let time = runner.run(&step, scheduler, head, |uses, logits| match (logits, &mut *sampling) {
                 (Logits::Host(logits), _) => {
                     readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled);
                     Ok(())
                 }
                 (Logits::Device(logits), Some(sampling)) => {
-                    readout::on_device::take(uses, logits, sampling, scheduler, sequences, &eos, &mut sampled)
+                    choosing.take(uses, logits, sampling, scheduler, sequences, &eos)
                 }
                 (Logits::Device(_), None) => Err(Error::internal("logits on a GPU, the engine is not")),
-            })
+            })?;
+            Ok((time, sampling.as_mut().map(|sampling| choosing.finish(sampling)).transpose()?))
         });
         match catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked"))) {
-            Ok(time) => self.counted.forward_time += time,
-            Err(e) => {
-                self.fail_step(step, &e);
-                return false;
+            Ok((time, chosen)) => {
+                self.counted.forward_time += time;
+                self.scheduler.complete(&step);
+                let whose = chosen.iter().flat_map(|chosen| chosen.whose());
+                (0..).zip(whose).for_each(|(place, id)| self.scheduler.chosen(*id, place));
+                Ok(Some(Launched { step, sampled, chosen }))
             }
+            Err(e) => self.fail_step(&step, &e).map(|()| None),
         }
-        self.scheduler.complete(step);
+    }
+
+    /// Takes in what a step came to: scores, classes, tokens, and who ends with them.
+    ///
+    /// # Errors
+    /// When the GPU is lost.
+    fn collect(&mut self, Launched { step, mut sampled, chosen }: Launched) -> Result<()> {
+        if let Some(chosen) = chosen {
+            let began = Instant::now();
+            match chosen.wait(&mut self.sequences) {
+                Ok(tokens) => sampled = tokens,
+                Err(e) => return self.fail_step(&step, &e),
+            }
+            self.counted.forward_time += began.elapsed();
+        }
         for chunk in &step.sequences {
             let end = self.sequences.get_mut(&chunk.id).and_then(Sequence::after_step);
             end.into_iter().for_each(|reason| self.finish(chunk.id, reason, None));
         }
+        let eos = self.runner.model().eos_token_ids().to_vec();
         for (id, token) in sampled {
             self.counted.generated_tokens += 1;
             self.scheduler.push_token(id, token.id);
@@ -263,11 +308,14 @@ impl Worker {
                 Err(e) => self.fail(id, e),
             }
         }
-        true
+        Ok(())
     }
 
     /// The model failed: the step's sequences end, and so do those that wait for its prefixes.
-    fn fail_step(&mut self, step: &Step, error: &Error) {
+    ///
+    /// # Errors
+    /// When the GPU is lost. Out of memory is this step's alone; after a fault every call fails, and so would every request.
+    fn fail_step(&mut self, step: &Step, error: &Error) -> Result<()> {
         tracing::error!(%error, sequences = step.sequences.len(), prefixes = step.prefixes.len(), "step failed");
         for chunk in &step.sequences {
             self.fail(chunk.id, error.clone());
@@ -279,6 +327,7 @@ impl Worker {
             }
             self.disappoint(&digest, error);
         }
+        self.runner.model().synchronize()
     }
 
     /// Tells those who wait for a prefix that it will not come.

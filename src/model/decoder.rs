@@ -32,6 +32,8 @@ pub use training::PackedRows;
 
 /// Bytes for attention's partial results on a GPU. What finds no room is not split, which changes no bit.
 const SCRATCH: usize = 64 << 20;
+/// Tokens of a step on a GPU that the next step's rows can name.
+const MOST_SAMPLED: usize = 1 << 14;
 
 /// The frozen weights, packed, and what they need to run.
 pub struct Decoder {
@@ -50,6 +52,8 @@ pub struct Decoder {
     scratch: Option<Arc<Buffer>>,
     /// Of serving, on a GPU.
     steps: Option<Mutex<Steps>>,
+    /// `[MOST_SAMPLED]`, u32: the tokens that the last step chose, on a GPU.
+    sampled: Option<Arc<Buffer>>,
     machine: Arc<Machine>,
     config: ModelConfig,
 }
@@ -129,9 +133,11 @@ impl Decoder {
             Ok(Arc::new(Frequencies { inv_freq: Vector::new(inv_freq, machine)?, scale }))
         });
         let scratch = machine.gpu().map(|gpu| Buffer::poisoned(gpu, SCRATCH)).transpose()?.map(Arc::new);
-        let steps = machine.gpu().zip(scratch.as_ref()).map(|(gpu, scratch)| -> Result<_> {
-            let graphs = (!enforce_eager).then(Graphs::default);
-            Ok(Mutex::new(Steps { uploads: Uploads::new(gpu, scratch)?, no_soft: machine.rows(&[], hidden)?, graphs }))
+        let sampled = machine.gpu().map(|gpu| Buffer::poisoned(gpu, 4 * MOST_SAMPLED)).transpose()?.map(Arc::new);
+        let there = machine.gpu().zip(scratch.as_ref()).zip(sampled.as_ref());
+        let steps = there.map(|((gpu, scratch), sampled)| -> Result<_> {
+            let (uploads, graphs) = (Uploads::new(gpu, scratch, sampled)?, (!enforce_eager).then(Graphs::default));
+            Ok(Mutex::new(Steps { uploads, no_soft: machine.rows(&[], hidden)?, graphs }))
         });
         let gated = !matches!(names.up, Up::Plain(_));
         Ok(Decoder {
@@ -144,6 +150,7 @@ impl Decoder {
             activation: Activation::new(config.activation, gated, machine),
             scratch,
             steps: steps.transpose()?,
+            sampled,
             machine: machine.clone(),
             config: config.clone(),
         })
@@ -152,6 +159,11 @@ impl Decoder {
     /// The threads that it runs on.
     pub fn machine(&self) -> &Arc<Machine> {
         &self.machine
+    }
+
+    /// Where the tokens go that a step on a GPU chooses: rows of the next one may name them by their places.
+    pub fn sampled(&self) -> Option<&Arc<Buffer>> {
+        self.sampled.as_ref()
     }
 
     /// Type of activations, K and V: that of the weights on a GPU, f32 on the processor.

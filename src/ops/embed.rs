@@ -12,6 +12,8 @@ pub enum RowSource {
     Token(u32),
     /// A row of the batch's soft prompts.
     Soft(u32),
+    /// The table's row of the token that the step before chose in this place, which nobody has read: on a GPU alone.
+    Sampled(u32),
 }
 
 /// The token table `[vocab, hidden]` of a model.
@@ -61,6 +63,7 @@ impl CustomOp1 for Embed {
         let known = |row: &RowSource| match *row {
             RowSource::Token(id) => (id as usize) < table.n(),
             RowSource::Soft(i) => (i as usize) < num_soft,
+            RowSource::Sampled(_) => false,
         };
         if let Some(other) = self.rows.iter().find(|row| !known(row)) {
             bail!("embed: {other:?} is out of range ({} tokens, {num_soft} soft rows)", table.n());
@@ -75,6 +78,8 @@ impl CustomOp1 for Embed {
                         }
                     }
                     RowSource::Soft(i) => y.copy_from_slice(&soft[i as usize * hidden..][..hidden]),
+                    // Refused above.
+                    RowSource::Sampled(_) => {}
                 }
             }
         });

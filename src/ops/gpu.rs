@@ -16,7 +16,7 @@ mod op;
 mod rows;
 mod words;
 
-pub use buffer::{Buffer, Plain};
+pub use buffer::{Buffer, Later, Plain};
 pub use call::{Call, Grid};
 pub use gemm::{Gemm, Side};
 pub use op::{Fresh, KernelOp, View};

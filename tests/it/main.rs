@@ -19,6 +19,7 @@ mod mutations;
 mod oracle;
 mod quantized;
 mod readme;
+mod sampling;
 mod served;
 mod stacks;
 mod stories;

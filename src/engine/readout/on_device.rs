@@ -1,4 +1,5 @@
-//! The same where the logits are on a GPU: they stay there, and only tokens and log-probabilities come back.
+//! The same where the logits are on a GPU: they stay there. Tokens and log-probabilities come back when they are asked for, which may be
+//! after the next step was launched.
 use super::super::batcher::LogitUse;
 use super::super::request::TokenLogprob;
 use super::super::sampler::Sampled;
@@ -6,70 +7,108 @@ use super::super::scheduler::{Scheduler, SequenceId};
 use super::super::sequence::Sequence;
 use crate::adapter::InputRow;
 use crate::error::{Error, Result};
-use crate::ops::sample::device::{Choices, Logprobs, Of, Sampling, Wanted};
+use crate::ops::gpu::Later;
+use crate::ops::sample::device::{Choices, Logprobs, Of, Sampling, Scores, Wanted};
 use candle_core::Tensor;
 use std::collections::HashMap;
 
 /// Who gets a log-probability.
 enum For {
-    /// The sampled token of that choice.
+    /// The step's sampled token of that number.
     Choice(usize),
     /// Own token `index` of a sequence, and which it is.
     Score(SequenceId, usize, u32),
 }
 
-/// As [`super::take`], from rows of logits `[uses, vocab]` on the device.
-pub fn take(
-    uses: &[LogitUse],
-    logits: &Tensor,
-    sampling: &mut Sampling,
-    scheduler: &Scheduler,
-    sequences: &mut HashMap<SequenceId, Sequence>,
-    eos: &[u32],
-    sampled: &mut Vec<(SequenceId, Sampled)>,
-) -> Result<()> {
-    let (mut choices, mut whose) = (Choices::default(), Vec::new());
-    let (mut wanted, mut receivers) = (Vec::new(), Vec::new());
-    for (row, usage) in uses.iter().enumerate() {
-        match *usage {
-            LogitUse::Sample { id } => {
-                let Some(sequence) = sequences.get_mut(&id) else { continue };
-                let banned = sequence.banned(eos).to_vec();
-                let sampler = &mut sequence.sampler;
-                let u = sampler.draw();
-                choices.push(row, sampler.filter(), u, &sampler.penalties(), sampler.seen(), &banned);
-                if let Some(top) = sampler.top_logprobs() {
-                    wanted.push(Wanted { row, of: Of::Choice(whose.len()), top });
-                    receivers.push(For::Choice(whose.len()));
+/// What a step at hand chooses.
+#[derive(Default)]
+pub struct Choosing {
+    /// Whose tokens, in their places.
+    whose: Vec<SequenceId>,
+    receivers: Vec<For>,
+    /// One for each of `receivers`, in this order.
+    scores: Vec<Scores>,
+}
+
+/// What a step has chosen, on its way.
+pub struct Chosen {
+    choosing: Choosing,
+    tokens: Later<u32>,
+}
+
+impl Choosing {
+    /// As [`super::take`], from rows of logits `[uses, vocab]` on the device.
+    pub fn take(
+        &mut self,
+        uses: &[LogitUse],
+        logits: &Tensor,
+        sampling: &mut Sampling,
+        scheduler: &Scheduler,
+        sequences: &mut HashMap<SequenceId, Sequence>,
+        eos: &[u32],
+    ) -> Result<()> {
+        let (mut choices, mut wanted, at) = (Choices::default(), Vec::new(), self.whose.len());
+        for (row, usage) in uses.iter().enumerate() {
+            match *usage {
+                LogitUse::Sample { id } => {
+                    let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { continue };
+                    let unread = entry.unread();
+                    let banned = s.banned(eos, usize::from(unread.is_some())).to_vec();
+                    let sampler = &mut s.sampler;
+                    let u = sampler.draw();
+                    if let Some(top) = sampler.top_logprobs() {
+                        wanted.push(Wanted { row, of: Of::Choice(choices.len()), top });
+                        self.receivers.push(For::Choice(self.whose.len()));
+                    }
+                    choices.push(row, sampler.filter(), u, &sampler.penalties(unread), sampler.seen(), &banned);
+                    self.whose.push(id);
                 }
-                whose.push(id);
-            }
-            LogitUse::Score { id, index } => {
-                let (Some(s), Some(entry)) = (sequences.get(&id), scheduler.get(id)) else { continue };
-                // Admission saw that only tokens are scored.
-                let InputRow::Token(token) = entry.tokens()[index] else { continue };
-                wanted.push(Wanted { row, of: Of::Token(token), top: s.top_logprobs.unwrap_or(0) });
-                receivers.push(For::Score(id, index, token));
-            }
-            LogitUse::Pool { .. } => return Err(Error::internal("a class is not read from the vocabulary")),
-        }
-    }
-    let tokens = sampling.tokens(logits, &choices)?;
-    let ids = tokens.to_vec1::<u32>()?;
-    let logprobs = if wanted.is_empty() { Vec::new() } else { sampling.logprobs(logits, &tokens, &wanted)? };
-    let start = sampled.len();
-    for (id, token) in whose.into_iter().zip(&ids) {
-        sequences.get_mut(&id).into_iter().for_each(|s| s.sampler.took(*token));
-        sampled.push((id, Sampled { id: *token, logprob: None }));
-    }
-    for (receiver, Logprobs { logprob, top }) in receivers.into_iter().zip(logprobs) {
-        match receiver {
-            For::Choice(i) => sampled[start + i].1.logprob = Some(TokenLogprob { id: ids[i], logprob, top }),
-            For::Score(id, index, token) => {
-                let scored = TokenLogprob { id: token, logprob, top };
-                sequences.get_mut(&id).into_iter().for_each(|s| s.scored(index, scored.clone()));
+                LogitUse::Score { id, index } => {
+                    let (Some(s), Some(entry)) = (sequences.get(&id), scheduler.get(id)) else { continue };
+                    // Admission saw that only tokens are scored.
+                    let InputRow::Token(token) = entry.tokens()[index] else { continue };
+                    wanted.push(Wanted { row, of: Of::Token(token), top: s.top_logprobs.unwrap_or(0) });
+                    self.receivers.push(For::Score(id, index, token));
+                }
+                LogitUse::Pool { .. } => return Err(Error::internal("a class is not read from the vocabulary")),
             }
         }
+        self.scores.extend(sampling.choose(logits, at, &choices, &wanted)?);
+        Ok(())
     }
-    Ok(())
+
+    /// All of the step is launched.
+    pub fn finish(self, sampling: &mut Sampling) -> Result<Chosen> {
+        Ok(Chosen { tokens: sampling.finish(self.whose.len())?, choosing: self })
+    }
+}
+
+impl Chosen {
+    /// Whose tokens they are, in their places on the device.
+    pub fn whose(&self) -> &[SequenceId] {
+        &self.choosing.whose
+    }
+
+    /// Waits for the step. Scores go to their sequences; the tokens are returned, for those that are still there.
+    pub fn wait(self, sequences: &mut HashMap<SequenceId, Sequence>) -> Result<Vec<(SequenceId, Sampled)>> {
+        let Choosing { whose, receivers, scores } = self.choosing;
+        let ids = self.tokens.wait()?;
+        let mut sampled: Vec<_> =
+            whose.into_iter().zip(&ids).map(|(id, token)| (id, Sampled { id: *token, logprob: None })).collect();
+        let scores = scores.into_iter().map(Scores::wait).collect::<candle_core::Result<Vec<_>>>()?;
+        for (receiver, Logprobs { logprob, top }) in receivers.into_iter().zip(scores.into_iter().flatten()) {
+            match receiver {
+                For::Choice(i) => sampled[i].1.logprob = Some(TokenLogprob { id: ids[i], logprob, top }),
+                For::Score(id, index, token) => {
+                    let scored = TokenLogprob { id: token, logprob, top };
+                    sequences.get_mut(&id).into_iter().for_each(|s| s.scored(index, scored.clone()));
+                }
+            }
+        }
+        sampled.retain(|(id, _)| sequences.contains_key(id));
+        sampled.iter().for_each(|(id, token)| {
+            sequences.get_mut(id).into_iter().for_each(|s| s.sampler.took(token.id));
+        });
+        Ok(sampled)
+    }
 }

@@ -17,12 +17,19 @@ pub struct Entry {
     pooling: Option<Pooling>,
     pub(super) prompt_len: usize,
     pub(super) score_from: Option<usize>,
-    pub(super) generates: bool,
-    /// Own tokens whose K and V are in `pages`.
+    /// Tokens at most, those of the prompt counted.
+    most: usize,
+    /// Generated ones that nobody has read from the device yet, behind `tokens`.
+    unread: usize,
+    /// Where the last of them lies there.
+    place: u32,
+    /// Own tokens whose K and V are in `pages`, or will be when what was launched is done.
     pub(super) computed: usize,
     pub(super) pages: Vec<PageId>,
     /// Hashes of its full blocks, as far as known.
     pub(super) hashes: Vec<BlockHash>,
+    /// Pages that others may find.
+    pub(super) sealed: usize,
     /// Tokens charged already: what is computed again is not charged again.
     pub(super) charged: usize,
     /// Tokens found in the cache at the first admission.
@@ -33,18 +40,22 @@ pub struct Entry {
 
 impl Entry {
     pub(super) fn new(new: NewSequence) -> Self {
+        let prompt_len = new.input.len();
         Entry {
-            prompt_len: new.input.len(),
+            prompt_len,
             tenant: new.tenant,
             prefix: new.prefix,
             tokens: new.input,
             soft: new.soft,
             pooling: new.pooling,
             score_from: new.score_from,
-            generates: new.max_new_tokens > 0,
+            most: prompt_len + new.max_new_tokens,
+            unread: 0,
+            place: 0,
             computed: 0,
             pages: Vec::new(),
             hashes: Vec::new(),
+            sealed: 0,
             charged: 0,
             cached: 0,
             running: false,
@@ -52,10 +63,36 @@ impl Entry {
         }
     }
 
+    /// Tokens, read or not.
+    pub(super) fn len(&self) -> usize {
+        self.tokens.len() + self.unread
+    }
+
+    fn generates(&self) -> bool {
+        self.len() < self.most
+    }
+
     /// Tokens to compute before something can be sampled, or everything is scored.
     pub(super) fn goal(&self) -> usize {
-        let last_counts = self.generates || self.pooling.is_some();
-        if last_counts { self.tokens.len() } else { self.tokens.len() - 1 }
+        let last_counts = self.generates() || self.pooling.is_some();
+        if last_counts { self.len() } else { self.len() - 1 }
+    }
+
+    /// The device chooses the next token, and puts it in `place`.
+    pub(super) fn chosen(&mut self, place: u32) {
+        self.unread += 1;
+        self.place = place;
+    }
+
+    /// The first token that was not known is `id`.
+    pub(super) fn push(&mut self, id: u32) {
+        self.unread = self.unread.saturating_sub(1);
+        self.tokens.push(InputRow::Token(id));
+    }
+
+    /// Where the token behind [`Self::tokens`] lies on the device, if it was chosen and not read.
+    pub fn unread(&self) -> Option<u32> {
+        (self.unread > 0).then_some(self.place)
     }
 
     /// All rows must run in one step.
@@ -63,7 +100,7 @@ impl Entry {
         self.pooling == Some(Pooling::First)
     }
 
-    /// Prompt and generated tokens.
+    /// Prompt and generated tokens, as far as read.
     pub fn tokens(&self) -> &[InputRow] {
         &self.tokens
     }
@@ -97,13 +134,13 @@ impl Entry {
     pub fn pooled(&self, chunk: &Range<usize>) -> Option<usize> {
         match self.pooling? {
             Pooling::First => Some(0),
-            Pooling::Last => (chunk.end == self.tokens.len()).then(|| chunk.end - 1),
+            Pooling::Last => (chunk.end == self.len()).then(|| chunk.end - 1),
         }
     }
 
     /// Rows of `chunk` whose logits are scored, then whether the last row is sampled.
     pub fn logits(&self, chunk: &Range<usize>) -> (Range<usize>, bool) {
-        let sample = self.generates && chunk.end == self.tokens.len();
+        let sample = self.generates() && chunk.end == self.len();
         // Row i predicts token i + 1.
         let scored = self.score_from.map_or(0..0, |from| {
             let (start, end) = (chunk.start.max(from - 1), chunk.end.min(self.prompt_len - 1));

@@ -187,7 +187,7 @@ impl Scheduler {
             e.extend_hashes(last / PAGE_TOKENS);
             found = e.hashes[..last / PAGE_TOKENS].iter().map_while(|h| self.pages.find(h)).collect();
         }
-        let need = pages_for(e.tokens.len()) - found.len();
+        let need = pages_for(e.len()) - found.len();
         if self.pages.available() + self.prefixes.evictable_pages() < need {
             found.into_iter().for_each(|page| self.pages.release(page));
             if let Some(digest) = &digest {
@@ -195,7 +195,7 @@ impl Scheduler {
             }
             return false;
         }
-        e.computed = found.len() * PAGE_TOKENS;
+        (e.computed, e.sealed) = (found.len() * PAGE_TOKENS, found.len());
         e.pages = found;
         e.running = true;
         if e.charged == 0 {

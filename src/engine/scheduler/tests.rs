@@ -35,11 +35,22 @@ struct Simulation {
     scheduler: Scheduler,
     left: HashMap<SequenceId, usize>,
     done: Vec<SequenceId>,
+    /// A step's tokens are known when the next one was planned, as on a GPU.
+    ahead: bool,
+    /// Those of the last step.
+    unread: Vec<(SequenceId, u32)>,
+    /// All generated tokens of a sequence, known to the scheduler or not.
+    truth: HashMap<SequenceId, Vec<u32>>,
+    /// What was written to a slot of the pool last: the prefix and the place of a token, and which.
+    slots: HashMap<(PageId, usize), Written>,
 }
+
+type Written = (Option<Digest>, usize, InputRow);
 
 impl Simulation {
     fn new(config: SchedulerConfig) -> Self {
-        Simulation { scheduler: Scheduler::new(config), left: HashMap::new(), done: Vec::new() }
+        let (scheduler, left, truth, slots) = (Scheduler::new(config), HashMap::new(), HashMap::new(), HashMap::new());
+        Simulation { scheduler, left, done: Vec::new(), ahead: false, unread: Vec::new(), truth, slots }
     }
 
     fn submit(&mut self, new: NewSequence) -> SequenceId {
@@ -52,17 +63,33 @@ impl Simulation {
     fn step(&mut self) -> Step {
         let step = self.scheduler.schedule();
         self.check(&step);
+        self.write(&step);
         self.scheduler.complete(&step);
+        let mut sampled = Vec::new();
         for chunk in &step.sequences {
             let e = self.scheduler.get(chunk.id).unwrap();
             if e.logits(&chunk.rows).1 {
-                self.scheduler.push_token(chunk.id, 7);
-                *self.left.get_mut(&chunk.id).unwrap() -= 1;
+                // Sequences part and meet again.
+                let token = 100 + (chunk.id.0 as usize * 7 + e.len()) as u32 % 3;
+                self.truth.entry(chunk.id).or_default().push(token);
+                if self.ahead {
+                    self.scheduler.chosen(chunk.id, sampled.len() as u32);
+                }
+                sampled.push((chunk.id, token));
             }
-            let e = self.scheduler.get(chunk.id).unwrap();
-            if self.left[&chunk.id] == 0 && e.computed >= e.goal().min(e.tokens.len() - 1) {
-                self.scheduler.finish(chunk.id);
-                self.done.push(chunk.id);
+        }
+        let known = if self.ahead { std::mem::replace(&mut self.unread, sampled) } else { sampled };
+        for (id, token) in &known {
+            self.scheduler.push_token(*id, *token);
+            let left = self.left.get_mut(id).unwrap();
+            // Some end early, when their next row has run.
+            *left = if self.ahead && *left % 7 == 6 { 0 } else { left.saturating_sub(1) };
+        }
+        for id in step.sequences.iter().map(|c| c.id).chain(known.iter().map(|(id, _)| *id)) {
+            let Some(e) = self.scheduler.get(id) else { continue };
+            if self.left[&id] == 0 && (e.computed >= e.goal().min(e.len() - 1) || known.iter().any(|(k, _)| *k == id)) {
+                self.scheduler.finish(id);
+                self.done.push(id);
             }
         }
         for id in &step.stuck {
@@ -70,6 +97,27 @@ impl Simulation {
             self.done.push(*id);
         }
         step
+    }
+
+    /// The step's rows write their slots, after they have found in those before what their sequence put there.
+    fn write(&mut self, step: &Step) {
+        self.slots.retain(|(page, _), _| !step.fresh.contains(page));
+        for chunk in &step.sequences {
+            let e = self.scheduler.get(chunk.id).unwrap();
+            let known = |i: usize| {
+                let generated = self.truth.get(&chunk.id).map_or(&[][..], |t| t);
+                e.tokens.get(i).cloned().unwrap_or_else(|| InputRow::Token(generated[i - e.prompt_len]))
+            };
+            let prefix = e.prefix.as_ref().map(|p| p.digest);
+            for i in 0..chunk.rows.end {
+                let (slot, written) = ((e.pages[i / PAGE_TOKENS], i % PAGE_TOKENS), (prefix, i, known(i)));
+                if i < chunk.rows.start {
+                    assert_eq!(self.slots.get(&slot), Some(&written), "row {i} of {:?}", chunk.id);
+                } else {
+                    self.slots.insert(slot, written);
+                }
+            }
+        }
     }
 
     /// What must hold for every plan.
@@ -86,6 +134,7 @@ impl Simulation {
             let e = &s.sequences[&chunk.id];
             assert!(e.running && chunk.rows.start == e.computed && !chunk.rows.is_empty());
             assert!(e.pages.len() * PAGE_TOKENS >= chunk.rows.end, "rows have pages");
+            assert!(chunk.rows.end <= e.tokens.len() + 1, "at most one token is unread");
             for page in &e.pages[chunk.rows.start / PAGE_TOKENS..=(chunk.rows.end - 1) / PAGE_TOKENS] {
                 assert!(writers.insert(*page), "a page is written by one sequence");
             }
@@ -228,6 +277,31 @@ fn a_flood_on_one_adapter_does_not_starve_another() {
     }
 }
 
+/// A step is planned before the last one's tokens are known: a sequence goes on from where they will be, ends when it is known to
+/// have ended, and is not run beyond its limit.
+#[test]
+fn steps_are_planned_before_tokens_are_known() {
+    let mut s = Simulation::new(config(100));
+    s.ahead = true;
+    let id = s.submit(sequence("a", None, 15, 3));
+    let unread = |s: &Simulation| s.scheduler.get(id).map(|e| (e.tokens.len(), e.unread()));
+    let rows = |step: &Step| step.sequences.iter().map(|c| (c.rows.start, c.rows.end)).collect::<Vec<_>>();
+    assert_eq!(rows(&s.step()), [(0, 15)]);
+    assert_eq!(unread(&s), Some((15, Some(0))));
+    assert_eq!(rows(&s.step()), [(15, 16)]);
+    assert_eq!(unread(&s), Some((16, Some(0))));
+    assert_eq!(rows(&s.step()), [(16, 17)]);
+    // Its third token is under way: there is nothing to run.
+    assert!(s.step().is_empty());
+    assert_eq!(unread(&s), None);
+    s.assert_settled();
+    // The block whose last token came from the device is found by the next one with the same text.
+    let text = [(0..15).collect(), s.truth[&id].clone(), vec![1, 2]].concat();
+    let new = NewSequence { input: text.into_iter().map(InputRow::Token).collect(), ..sequence("a", None, 0, 1) };
+    s.submit(new);
+    assert_eq!(rows(&s.step()), [(16, 20)]);
+}
+
 /// Two tasks that both always have work get equal shares, however many requests each has waiting.
 #[test]
 fn backlogged_tenants_share_equally() {
@@ -269,8 +343,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
     /// Whatever comes, every plan is sound, everything admitted ends, and every page comes back.
     #[test]
-    fn everything_ends_and_every_page_comes_back(ops in prop::collection::vec(op(), 1..80), pages in 4usize..20, budget in 8usize..80) {
+    fn everything_ends_and_every_page_comes_back(ops in prop::collection::vec(op(), 1..80), pages in 4usize..20, budget in 8usize..80, ahead: bool) {
         let mut s = Simulation::new(SchedulerConfig { max_batch_tokens: budget, ..config(pages) });
+        s.ahead = ahead;
         for op in ops {
             match op {
                 Op::Submit { tenant, tag, stored, len, prompt, new } => {

@@ -12,12 +12,14 @@ use std::sync::Arc;
 /// Names the row or the position.
 pub fn check(embedding: &Embedding, rows: &DeviceRows, num_soft: usize) -> Result<()> {
     let (tokens, hidden) = (embedding.table.n(), embedding.table.k());
+    let chosen = rows.sampled().map_or(0, |sampled| sampled.bytes() / size_of::<u32>());
     let known = |row: &&RowSource| match **row {
         RowSource::Token(id) => (id as usize) < tokens,
         RowSource::Soft(i) => (i as usize) < num_soft,
+        RowSource::Sampled(i) => (i as usize) < chosen,
     };
     if let Some(other) = rows.sources().iter().find(|row| !known(row)) {
-        bail!("embed: {other:?} is out of range ({tokens} tokens, {num_soft} soft rows)");
+        bail!("embed: {other:?} is out of range ({tokens} tokens, {num_soft} soft rows, {chosen} chosen ones)");
     }
     match &embedding.positions {
         Some(learned) if rows.largest_position() as usize >= learned.len() / hidden => {
@@ -53,9 +55,10 @@ impl KernelOp for OnDevice {
         let mut y = gpu.fresh(matrix.dtype(), count * hidden)?;
         let (source, position) = (self.rows.source(), self.rows.position());
         let call = gpu.call("embed", matrix.dtype()).optional(Some(matrix.buffer())).view(soft).optional(learned);
-        let call = call.buffer(source.0, source.1, 4).buffer(position.0, position.1, 4).fresh(&mut y);
+        let call = call.buffer(source.0, source.1, 4).buffer(position.0, position.1, 4);
+        let call = call.optional(self.rows.sampled()).fresh(&mut y);
         let grid = Grid { blocks: [count as u32, 1, 1], threads: 128, shared: 0 };
-        // SAFETY: the kernel's arguments; every source and position was checked against its table.
+        // SAFETY: the kernel's arguments; every source and position was checked against its table, and tokens are chosen from it.
         unsafe { call.int(hidden).float(*scale).launch(grid)? };
         Ok((y, (count, hidden).into()))
     }

@@ -1,6 +1,7 @@
 //! Memory on the device that is no tensor of a graph: frozen weights, the KV pool, the plan of a step.
 use super::Gpu;
 use candle_core::{Result, bail};
+use std::marker::PhantomData;
 
 /// Types whose bytes go to the device as they are.
 ///
@@ -19,11 +20,53 @@ unsafe impl Plain for half::f16 {}
 unsafe impl Plain for i32 {}
 // SAFETY: as above.
 unsafe impl Plain for f64 {}
+// SAFETY: as above.
+unsafe impl Plain for u8 {}
 
 /// Memory that kernels read and write. It is freed when the last work on it is done.
 pub struct Buffer {
     memory: Memory,
     bytes: usize,
+}
+
+/// Elements on their way from the device.
+pub struct Later<T> {
+    arriving: Arriving,
+    len: usize,
+    elements: PhantomData<T>,
+}
+
+enum Arriving {
+    #[cfg(feature = "cuda")]
+    Cuda(super::cuda::Later),
+    Here(Vec<u8>),
+}
+
+impl<T: Plain> Later<T> {
+    /// Waits for them.
+    pub fn wait(self) -> Result<Vec<T>> {
+        fill(self.len, |bytes| match self.arriving {
+            #[cfg(feature = "cuda")]
+            Arriving::Cuda(later) => later.wait(bytes),
+            Arriving::Here(here) => {
+                bytes.copy_from_slice(&here);
+                Ok(())
+            }
+        })
+    }
+}
+
+/// `len` elements, of which `read` writes the bytes.
+fn fill<T: Plain>(len: usize, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<Vec<T>> {
+    let mut values = Vec::<T>::with_capacity(len);
+    // SAFETY: within the capacity, and any bytes are a value of a plain type.
+    let bytes = unsafe {
+        std::ptr::write_bytes(values.as_mut_ptr(), 0, len);
+        values.set_len(len);
+        std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), len * size_of::<T>())
+    };
+    read(bytes)?;
+    Ok(values)
 }
 
 enum Memory {
@@ -85,19 +128,36 @@ impl Buffer {
     /// `len` elements from `at` on, after all work before.
     pub fn read<T: Plain>(&self, at: usize, len: usize) -> Result<Vec<T>> {
         let start = self.range(at, len * size_of::<T>(), size_of::<T>())?;
-        let mut values = Vec::<T>::with_capacity(len);
-        // SAFETY: within the capacity, and any bytes are a value of a plain type.
-        let bytes = unsafe {
-            std::ptr::write_bytes(values.as_mut_ptr(), 0, len);
-            values.set_len(len);
-            std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), len * size_of::<T>())
-        };
-        match self.memory {
+        fill(len, |bytes| match self.memory {
             #[cfg(feature = "cuda")]
-            Memory::Cuda(ref memory) => memory.read(start, bytes)?,
-            Memory::Emulated(ref memory) => memory.read(start, bytes)?,
+            Memory::Cuda(ref memory) => memory.read(start, bytes),
+            Memory::Emulated(ref memory) => memory.read(start, bytes),
+        })
+    }
+
+    /// The same without waiting for it.
+    pub fn read_later<T: Plain>(&self, at: usize, len: usize) -> Result<Later<T>> {
+        let bytes = len * size_of::<T>();
+        let start = self.range(at, bytes, size_of::<T>())?;
+        let arriving = match self.memory {
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(ref memory) => Arriving::Cuda(memory.read_later(start, bytes)?),
+            Memory::Emulated(_) => Arriving::Here(self.read::<u8>(start, bytes)?),
+        };
+        Ok(Later { arriving, len, elements: PhantomData })
+    }
+
+    /// Its first `bytes` become those of `from`, after all work before.
+    pub fn copy(&self, from: &Buffer, bytes: usize) -> Result<()> {
+        from.range(0, bytes, 1)?;
+        self.range(0, bytes, 1)?;
+        match (&self.memory, &from.memory) {
+            #[cfg(feature = "cuda")]
+            (Memory::Cuda(to), Memory::Cuda(from)) => to.copy(from, bytes),
+            (Memory::Emulated(_), Memory::Emulated(_)) => self.write(0, &from.read::<u8>(0, bytes)?),
+            #[cfg(feature = "cuda")]
+            _ => bail!("a copy between two devices"),
         }
-        Ok(values)
     }
 
     /// Every byte becomes `byte`.

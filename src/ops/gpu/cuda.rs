@@ -1,4 +1,8 @@
 //! A CUDA device: its context, one stream, the kernels of this crate, and cuBLAS.
+mod staging;
+
+pub use staging::Later;
+
 use super::Grid;
 use crate::error::without_trace;
 use candle_core::backend::BackendStorage;
@@ -25,6 +29,7 @@ pub struct Cuda {
     multiprocessors: usize,
     /// Bytes of shared memory that a block can ask for.
     shared: usize,
+    staging: Arc<staging::Pool>,
     /// cuBLAS's.
     _workspace: CudaSlice<u8>,
 }
@@ -66,7 +71,8 @@ impl Cuda {
         keep_freed_memory(context.cu_device())?;
         sum_in_f32(&device)?;
         let workspace = workspace(&device)?;
-        Ok(Cuda { device, modules, functions: Mutex::default(), multiprocessors, shared, _workspace: workspace })
+        let (functions, staging) = Default::default();
+        Ok(Cuda { device, modules, functions, multiprocessors, shared, staging, _workspace: workspace })
     }
 
     pub fn device(&self) -> Device {
@@ -184,7 +190,7 @@ impl Cuda {
     pub fn allocate(&self, bytes: usize) -> Result<Allocation> {
         // SAFETY: `Buffer` writes it, or its user does before reading.
         let slice = unsafe { self.device.alloc::<u8>(bytes.max(1))? };
-        Ok(Allocation { slice, device: self.device.clone() })
+        Ok(Allocation { slice, device: self.device.clone(), staging: self.staging.clone() })
     }
 
     /// C (column-major, `[m, n]`) = op(A) op(B) + beta C, as cuBLAS has it; sums in f32.
@@ -299,6 +305,7 @@ pub fn pointer(storage: &CudaStorage) -> u64 {
 pub struct Allocation {
     slice: CudaSlice<u8>,
     device: CudaDevice,
+    staging: Arc<staging::Pool>,
 }
 
 impl Allocation {
@@ -312,7 +319,11 @@ impl Allocation {
         }
         let stream = self.device.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        // SAFETY: `Buffer` checked the range. The copy of pageable memory has left it when the call returns.
+        if bytes.len() <= staging::MOST {
+            // SAFETY: `Buffer` checked the range.
+            return unsafe { self.staging.put(&stream, self.pointer() + start as u64, bytes) };
+        }
+        // SAFETY: as above. The copy of pageable memory has left it when the call returns.
         unsafe { driver::memcpy_htod_async(self.pointer() + start as u64, bytes, stream.cu_stream()).w() }
     }
 
@@ -325,6 +336,23 @@ impl Allocation {
         // SAFETY: as above; the stream has come to its end before the bytes are used.
         unsafe { driver::memcpy_dtoh_async(bytes, self.pointer() + start as u64, stream.cu_stream()).w()? };
         stream.synchronize().w()
+    }
+
+    pub fn read_later(&self, start: usize, bytes: usize) -> Result<Later> {
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: as above.
+        unsafe { self.staging.get(&stream, self.pointer() + start as u64, bytes) }
+    }
+
+    pub fn copy(&self, from: &Self, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: as above.
+        unsafe { driver::memcpy_dtod_async(self.pointer(), from.pointer(), bytes, stream.cu_stream()).w() }
     }
 
     pub fn fill(&self, byte: u8) -> Result<()> {

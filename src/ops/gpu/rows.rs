@@ -4,11 +4,16 @@ use crate::ops::embed::RowSource;
 use candle_core::{Result, bail};
 use std::sync::Arc;
 
+/// In a source: what is added to the place of a token that was chosen. `kernels/embed.cu` has it too.
+const SAMPLED: u32 = 1 << 30;
+
 /// Source, position and, where there is a pool, slot of each row.
 pub struct DeviceRows {
     /// `[source | position | slot]`, each `[rows]`, from element `at` on.
     buffer: Arc<Buffer>,
     at: usize,
+    /// Tokens that the step before chose, u32: those of [`RowSource::Sampled`].
+    sampled: Option<Arc<Buffer>>,
     sources: Vec<RowSource>,
     largest_position: u32,
     largest_slot: Option<u32>,
@@ -18,7 +23,7 @@ impl DeviceRows {
     /// `positions`, and `slots` or nothing at all, are as many as `sources`.
     pub fn new(gpu: &Gpu, sources: &[RowSource], positions: &[u32], slots: &[u32]) -> Result<Self> {
         let buffer = Arc::new(Buffer::new(gpu, &Self::words(sources, positions, slots)?)?);
-        Ok(Self::within(&buffer, 0, sources, positions, slots))
+        Ok(Self::within((&buffer, 0), None, sources, positions, slots))
     }
 
     /// What lies on the device.
@@ -27,34 +32,34 @@ impl DeviceRows {
         if positions.len() != n || !slots.is_empty() && slots.len() != n {
             bail!("{n} rows at {} positions in {} slots", positions.len(), slots.len());
         }
-        // Virtual tokens count down from -1.
+        // Virtual tokens count down from -1, places of tokens up from `SAMPLED`.
         let source = |row: &RowSource| match *row {
-            RowSource::Token(id) => id,
-            RowSource::Soft(i) => !i,
+            RowSource::Token(id) if id < SAMPLED => Ok(id),
+            RowSource::Soft(i) if i < 2 * SAMPLED => Ok(!i),
+            RowSource::Sampled(i) if i < SAMPLED => Ok(SAMPLED | i),
+            ref other => bail!("{other:?} is no row"),
         };
-        if let Some(row) =
-            sources.iter().find(|row| matches!(row, RowSource::Token(i) | RowSource::Soft(i) if *i > i32::MAX as u32))
-        {
-            bail!("{row:?} is no row");
-        }
         let mut all: Vec<u32> = Vec::with_capacity(3 * n);
-        all.extend(sources.iter().map(source));
+        for row in sources {
+            all.push(source(row)?);
+        }
         all.extend_from_slice(positions);
         all.extend_from_slice(slots);
         Ok(all)
     }
 
-    /// Their [`Self::words`] lie in `buffer`, from element `at` on.
+    /// Their [`Self::words`] lie in `buffer`, from element `at` on; what the step before chose in `sampled`.
     pub(in crate::ops) fn within(
-        buffer: &Arc<Buffer>,
-        at: usize,
+        (buffer, at): (&Arc<Buffer>, usize),
+        sampled: Option<&Arc<Buffer>>,
         sources: &[RowSource],
         positions: &[u32],
         slots: &[u32],
     ) -> Self {
         let largest_position = positions.iter().copied().max().unwrap_or(0);
         let largest_slot = slots.iter().copied().max();
-        DeviceRows { buffer: buffer.clone(), at, sources: sources.to_vec(), largest_position, largest_slot }
+        let (buffer, sampled) = (buffer.clone(), sampled.cloned());
+        DeviceRows { buffer, at, sampled, sources: sources.to_vec(), largest_position, largest_slot }
     }
 
     /// Rows.
@@ -70,6 +75,11 @@ impl DeviceRows {
     /// Where each row's embedding comes from.
     pub fn sources(&self) -> &[RowSource] {
         &self.sources
+    }
+
+    /// Tokens that the step before chose, if rows may name them.
+    pub fn sampled(&self) -> Option<&Buffer> {
+        self.sampled.as_deref()
     }
 
     /// The largest position of all.

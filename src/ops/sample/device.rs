@@ -3,8 +3,8 @@
 //! The choice is [`draw`](super::draw)'s of the penalised logits, but for targets that lie within the kernel's fixed point of
 //! an edge; its header has the bound.
 use super::Filter;
-use crate::ops::gpu::{Buffer, Fresh, Gpu, Grid, KernelOp, Plain, View};
-use candle_core::{DType, Result, Shape, Tensor, bail};
+use crate::ops::gpu::{Buffer, Gpu, Grid, Later, Plain, View};
+use candle_core::{Result, Tensor, bail};
 use std::cmp::Reverse;
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use std::sync::Arc;
 pub const MOST_TOKENS: usize = 1 << 19;
 /// The most tokens that one row's log-probabilities can list.
 pub const MOST_TOP: usize = 20;
-/// In a change's count: the token is not to be chosen. In a `from`: the token is given.
+/// In a change's count: the token is not to be chosen. In a `from`: the token is given. In a `pending`: there is none.
 const NONE: u32 = u32::MAX;
 /// Threads of a block, which a histogram's bins are made for.
 const THREADS: u32 = 1024;
@@ -28,11 +28,13 @@ pub struct Penalties {
     pub presence: f32,
     /// Taken off for each time. 0 changes nothing.
     pub frequency: f32,
+    /// The place of a token that the step before chose: it was seen once more than is known.
+    pub pending: Option<u32>,
 }
 
 impl Penalties {
     /// Change nothing.
-    pub const NONE: Self = Penalties { repetition: 1.0, presence: 0.0, frequency: 0.0 };
+    pub const NONE: Self = Penalties { repetition: 1.0, presence: 0.0, frequency: 0.0, pending: None };
 }
 
 /// As the kernel reads it.
@@ -50,8 +52,11 @@ struct Choice {
     frequency: f32,
     begin: u32,
     end: u32,
+    pending: u32,
+    /// What an f64 in an array wants.
+    unused: u32,
 }
-// SAFETY: one f64 and ten fields of 4 bytes leave no padding, and all of them are numbers.
+// SAFETY: one f64 and twelve fields of 4 bytes leave no padding, and all of them are numbers.
 unsafe impl Plain for Choice {}
 
 /// As the kernel reads it.
@@ -112,7 +117,7 @@ impl Choices {
         banned: &[u32],
     ) {
         let begin = self.changes.len();
-        self.changes.extend(seen.into_iter().map(|(id, count)| Change { id, count: count.min(NONE - 1) }));
+        self.changes.extend(seen.into_iter().map(|(id, count)| Change { id, count: count.min(NONE - 2) }));
         self.changes.extend(banned.iter().map(|id| Change { id: *id, count: NONE }));
         // The kernel takes each id once, and searches by it. A ban outweighs a count.
         self.changes[begin..].sort_unstable_by_key(|c| (c.id, Reverse(c.count)));
@@ -124,7 +129,7 @@ impl Choices {
             }
         }
         self.changes.truncate(end);
-        let Penalties { repetition, presence, frequency } = *penalties;
+        let Penalties { repetition, presence, frequency, pending } = *penalties;
         self.rows.push(Choice {
             u,
             row: number(row),
@@ -137,6 +142,8 @@ impl Choices {
             frequency,
             begin: number(begin),
             end: number(end),
+            pending: pending.unwrap_or(NONE),
+            unused: 0,
         });
     }
 }
@@ -151,7 +158,7 @@ fn number(v: usize) -> u32 {
 pub enum Of {
     /// This one's.
     Token(u32),
-    /// That of the token which this choice of the same step takes, counted from 0.
+    /// That of the token which this choice of the same call takes, counted from 0.
     Choice(usize),
 }
 
@@ -175,41 +182,84 @@ pub struct Logprobs {
     pub top: Vec<(u32, f32)>,
 }
 
-/// Where a step's parameters lie on the device; kept from step to step.
+/// Chooses tokens, a step after the other. What it needs on the device is kept from step to step.
 pub struct Sampling {
     gpu: Gpu,
+    /// Tokens of the step at hand, u32.
+    tokens: Arc<Buffer>,
+    /// Tokens of the step before: what the next one's rows and penalties may name.
+    before: Arc<Buffer>,
     choices: Arc<Buffer>,
     changes: Arc<Buffer>,
     wanted: Arc<Buffer>,
+    scores: Arc<Buffer>,
+}
+
+/// Log-probabilities on their way to the host.
+pub struct Scores {
+    bits: Later<u32>,
+    width: usize,
+    tops: Vec<usize>,
 }
 
 impl Sampling {
-    /// Room for steps of `rows` rows; it grows when one is larger.
-    pub fn new(gpu: &Gpu, rows: usize) -> Result<Self> {
+    /// For steps of up to `rows` tokens, which go to `before` when a step has ended.
+    ///
+    /// # Errors
+    /// If they have no room there.
+    pub fn new(gpu: &Gpu, before: &Arc<Buffer>, rows: usize) -> Result<Self> {
+        let most = before.bytes() / size_of::<u32>();
+        if rows > most {
+            bail!("a step of {rows} sequences, at most {most} can be sampled on a GPU");
+        }
         let room = |bytes: usize| Ok::<_, candle_core::Error>(Arc::new(Buffer::poisoned(gpu, bytes)?));
         Ok(Sampling {
             gpu: gpu.clone(),
+            tokens: room(before.bytes())?,
+            before: before.clone(),
             choices: room(rows * size_of::<Choice>())?,
             changes: room(rows * 1024)?,
             wanted: room(rows * size_of::<RawWanted>())?,
+            scores: room(rows * 4)?,
         })
     }
 
-    /// logits `[rows, vocab]` -> the tokens `[choices]`, u32, on the device.
-    pub fn tokens(&mut self, logits: &Tensor, choices: &Choices) -> Result<Tensor> {
-        let rows = logits.dims2()?.0;
+    /// Chooses tokens of the step at hand from logits `[rows, vocab]`, for the places from `at` on. Then computes what is wanted of the
+    /// log-probabilities of these rows.
+    pub fn choose(
+        &mut self,
+        logits: &Tensor,
+        at: usize,
+        choices: &Choices,
+        wanted: &[Wanted],
+    ) -> Result<Option<Scores>> {
+        let (rows, room) = (logits.dims2()?.0, self.tokens.bytes() / size_of::<u32>());
         if let Some(c) = choices.rows.iter().find(|c| c.row as usize >= rows) {
             bail!("sample: row {} of {rows} rows of logits", c.row);
         }
+        if let Some(c) = choices.rows.iter().find(|c| c.pending != NONE && c.pending as usize >= room) {
+            bail!("sample: a token in place {} of {room}", c.pending);
+        }
+        let count = choices.len();
+        if at + count > room {
+            bail!("sample: {} tokens in a step, {room} have room", at + count);
+        }
         put(&self.gpu, &mut self.choices, &choices.rows)?;
         put(&self.gpu, &mut self.changes, &choices.changes)?;
-        let (rows, changes) = (self.choices.clone(), self.changes.clone());
-        self.gpu.apply1(Sample { choices: rows, changes, len: choices.len() }, logits)
+        self.gpu.with("sample", &[logits], |views| {
+            let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
+            let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(&self.choices, 0, 1);
+            let call = call.buffer(&self.changes, 0, 1).buffer(&self.before, 0, 4).buffer(&self.tokens, at, 4);
+            let grid = Grid { blocks: [number(count), 1, 1], threads: THREADS, shared: SHARED };
+            // SAFETY: the kernel's arguments; rows and places were checked, and as many choices and changes written as they say.
+            unsafe { call.int(vocab).launch(grid) }
+        })?;
+        if wanted.is_empty() { Ok(None) } else { self.score(logits, (at, count), wanted).map(Some) }
     }
 
-    /// logits `[rows, vocab]` and the step's `tokens` -> log-probabilities, on the host.
-    pub fn logprobs(&mut self, logits: &Tensor, tokens: &Tensor, wanted: &[Wanted]) -> Result<Vec<Logprobs>> {
-        let (rows, chosen) = (logits.dims2()?.0, tokens.dims1()?);
+    /// `tokens`: the first, and how many, of which `wanted` may be.
+    fn score(&mut self, logits: &Tensor, (at, chosen): (usize, usize), wanted: &[Wanted]) -> Result<Scores> {
+        let rows = logits.dims2()?.0;
         let width = wanted.iter().map(|w| w.top).max().unwrap_or(0);
         if width > MOST_TOP {
             bail!("logprobs: {width} tokens of a row, at most {MOST_TOP} can be listed");
@@ -226,26 +276,52 @@ impl Sampling {
             Ok(RawWanted { row: number(w.row), token, from, top: number(w.top) })
         };
         put(&self.gpu, &mut self.wanted, &wanted.iter().map(raw).collect::<Result<Vec<_>>>()?)?;
-        let op = Score { wanted: self.wanted.clone(), len: wanted.len(), width };
-        let bits = self.gpu.apply2(op, logits, tokens)?.to_vec2::<u32>()?;
-        let read = |(bits, w): (&Vec<u32>, &Wanted)| {
+        let words = wanted.len() * (1 + 2 * width);
+        make_room(&self.gpu, &mut self.scores, words * size_of::<u32>())?;
+        self.gpu.with("logprobs", &[logits], |views| {
+            let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
+            let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(&self.wanted, 0, 1);
+            let call = call.buffer(&self.tokens, at, 4).buffer(&self.scores, 0, 4);
+            let grid = Grid { blocks: [number(wanted.len()), 1, 1], threads: THREADS, shared: SHARED };
+            // SAFETY: the kernel's arguments; rows, choices and the width were checked, and there is room for all that is wanted.
+            unsafe { call.int(vocab).int(width).launch(grid) }
+        })?;
+        Ok(Scores { bits: self.scores.read_later(0, words)?, width, tops: wanted.iter().map(|w| w.top).collect() })
+    }
+
+    /// Ends the step: its `chosen` tokens are on their way to the host, and the next one's rows may name them by their places.
+    pub fn finish(&mut self, chosen: usize) -> Result<Later<u32>> {
+        self.before.copy(&self.tokens, chosen * size_of::<u32>())?;
+        self.tokens.read_later(0, chosen)
+    }
+}
+
+impl Scores {
+    /// Waits for them, one for each that was wanted.
+    pub fn wait(self) -> Result<Vec<Logprobs>> {
+        let (bits, width) = (self.bits.wait()?, self.width);
+        let read = |(bits, top): (&[u32], &usize)| {
             let (ids, logprobs) = bits[1..].split_at(width);
             // A small vocabulary may have fewer.
-            let listed = ids.iter().zip(logprobs).take(w.top).filter(|(id, _)| **id != NONE);
+            let listed = ids.iter().zip(logprobs).take(*top).filter(|(id, _)| **id != NONE);
             let top = listed.map(|(id, x)| (*id, f32::from_bits(*x))).collect();
             Logprobs { logprob: f32::from_bits(bits[0]), top }
         };
-        Ok(bits.iter().zip(wanted).map(read).collect())
+        Ok(bits.chunks_exact(1 + 2 * width).zip(&self.tops).map(read).collect())
     }
 }
 
 /// Uploads `values`, after all work that reads the last ones.
 fn put<T: Plain>(gpu: &Gpu, buffer: &mut Arc<Buffer>, values: &[T]) -> Result<()> {
-    let bytes = size_of_val(values);
+    make_room(gpu, buffer, size_of_val(values))?;
+    buffer.write(0, values)
+}
+
+fn make_room(gpu: &Gpu, buffer: &mut Arc<Buffer>, bytes: usize) -> Result<()> {
     if bytes > buffer.bytes() {
         *buffer = Arc::new(Buffer::poisoned(gpu, bytes.next_power_of_two())?);
     }
-    buffer.write(0, values)
+    Ok(())
 }
 
 /// The vocabulary of logits `[rows, vocab]`, if the kernels can have it.
@@ -254,51 +330,6 @@ fn vocabulary(logits: &View<'_>) -> Result<usize> {
         (_, 0) => bail!("sample: there are no logits"),
         (_, vocab) if vocab > MOST_TOKENS => bail!("sample: {vocab} tokens, at most {MOST_TOKENS} are supported"),
         (_, vocab) => Ok(vocab),
-    }
-}
-
-struct Sample {
-    choices: Arc<Buffer>,
-    changes: Arc<Buffer>,
-    len: usize,
-}
-
-impl KernelOp for Sample {
-    const NAME: &'static str = "sample";
-
-    fn run(&self, gpu: &Gpu, inputs: &[View<'_>]) -> Result<(Fresh, Shape)> {
-        let logits = &inputs[0];
-        let vocab = vocabulary(logits)?;
-        let mut tokens = gpu.fresh(DType::U32, self.len)?;
-        let call = gpu.call("sample", logits.dtype()).view(logits).buffer(&self.choices, 0, 1);
-        let grid = Grid { blocks: [number(self.len), 1, 1], threads: THREADS, shared: SHARED };
-        // SAFETY: the kernel's arguments; `Sampling` checked the rows, and wrote as many choices and changes as they say.
-        unsafe { call.buffer(&self.changes, 0, 1).fresh(&mut tokens).int(vocab).launch(grid)? };
-        Ok((tokens, self.len.into()))
-    }
-}
-
-struct Score {
-    wanted: Arc<Buffer>,
-    len: usize,
-    width: usize,
-}
-
-impl KernelOp for Score {
-    const NAME: &'static str = "logprobs";
-
-    fn run(&self, gpu: &Gpu, inputs: &[View<'_>]) -> Result<(Fresh, Shape)> {
-        let (logits, tokens) = (&inputs[0], &inputs[1]);
-        let (vocab, columns) = (vocabulary(logits)?, 1 + 2 * self.width);
-        if tokens.dtype() != DType::U32 {
-            bail!("logprobs: the tokens are {:?}", tokens.dtype());
-        }
-        let mut out = gpu.fresh(DType::U32, self.len * columns)?;
-        let call = gpu.call("logprobs", logits.dtype()).view(logits).buffer(&self.wanted, 0, 1).view(tokens);
-        let grid = Grid { blocks: [number(self.len), 1, 1], threads: THREADS, shared: SHARED };
-        // SAFETY: the kernel's arguments; `Sampling` checked the rows, the choices and the width.
-        unsafe { call.fresh(&mut out).int(vocab).int(self.width).launch(grid)? };
-        Ok((out, (self.len, columns).into()))
     }
 }
 

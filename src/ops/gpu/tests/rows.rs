@@ -154,20 +154,35 @@ fn embeddings_and_their_gradient() {
     // What lies outside of a table is refused before anything reads it.
     let gpu = Gpu::emulated(0);
     let machine = Machine::with_gpu(1, gpu.clone());
-    let table = Tensor::zeros((vocab, hidden), DType::F32, &Device::Cpu).unwrap();
-    let positions = Some(Vector::new(vec![0.0; 2 * hidden], &machine).unwrap());
-    let embedding = Embedding { table: Linear::new(&[table], &[None], &machine).unwrap(), scale: 1.0, positions };
+    let table = Tensor::from_vec(noise(5, vocab * hidden), (vocab, hidden), &Device::Cpu).unwrap();
+    let learned = Some(Vector::new(vec![0.0; 2 * hidden], &machine).unwrap());
+    let embedding =
+        Embedding { table: Linear::new(&[table], &[None], &machine).unwrap(), scale: 1.0, positions: learned };
     let soft = Tensor::zeros((1, hidden), DType::F32, &Device::Cpu).unwrap();
     for (source, position, name) in [
         (RowSource::Token(11), 0, "Token(11)"),
         (RowSource::Soft(1), 0, "Soft(1)"),
+        (RowSource::Sampled(0), 0, "Sampled(0)"),
         (RowSource::Token(0), 2, "position 2"),
     ] {
         let rows = Arc::new(DeviceRows::new(&gpu, &[source], &[position], &[]).unwrap());
         let e = device::embed(&gpu, &embedding, &soft, &rows).unwrap_err().to_string();
         assert!(e.contains(name), "{e}");
     }
-    assert!(DeviceRows::new(&gpu, &[RowSource::Token(u32::MAX)], &[0], &[]).is_err());
+    for row in [RowSource::Token(1 << 30), RowSource::Sampled(1 << 30), RowSource::Soft(1 << 31)] {
+        assert!(DeviceRows::new(&gpu, &[row], &[0], &[]).is_err());
+    }
+    // Tokens that the step before chose are rows of the table.
+    let sampled = Arc::new(Buffer::new(&gpu, &[3u32, 10]).unwrap());
+    let at = |sources: &[RowSource]| {
+        let positions = vec![1; sources.len()];
+        let there = Arc::new(Buffer::new(&gpu, &DeviceRows::words(sources, &positions, &[]).unwrap()).unwrap());
+        let rows = Arc::new(DeviceRows::within((&there, 0), Some(&sampled), sources, &positions, &[]));
+        device::embed(&gpu, &embedding, &soft, &rows)
+    };
+    let got = at(&[RowSource::Sampled(1), token(4), RowSource::Sampled(0)]).unwrap();
+    assert_eq!(flat(&got), flat(&at(&[token(10), token(4), token(3)]).unwrap()));
+    assert!(at(&[RowSource::Sampled(2)]).unwrap_err().to_string().contains("Sampled(2)"));
     assert!(DeviceRows::new(&gpu, &[RowSource::Token(1)], &[0, 1], &[]).is_err());
 }
 

@@ -12,6 +12,7 @@ pub struct Uploads {
     gpu: Gpu,
     words: Arc<Buffer>,
     scratch: Arc<Buffer>,
+    sampled: Arc<Buffer>,
 }
 
 /// One step, until the next.
@@ -25,9 +26,10 @@ pub struct OnDevice {
 }
 
 impl Uploads {
-    /// `scratch` as of [`DevicePlan::new`].
-    pub fn new(gpu: &Gpu, scratch: &Arc<Buffer>) -> Result<Self> {
-        Ok(Uploads { gpu: gpu.clone(), words: Arc::new(Buffer::poisoned(gpu, 1 << 16)?), scratch: scratch.clone() })
+    /// `scratch` as of [`DevicePlan::new`]; `sampled` holds the tokens that the step before chose.
+    pub fn new(gpu: &Gpu, scratch: &Arc<Buffer>, sampled: &Arc<Buffer>) -> Result<Self> {
+        let words = Arc::new(Buffer::poisoned(gpu, 1 << 16)?);
+        Ok(Uploads { gpu: gpu.clone(), words, scratch: scratch.clone(), sampled: sampled.clone() })
     }
 
     /// Puts a step there, after all work on the last one. `sources`, `positions` and `slots` are one each a row; `step` says what the
@@ -59,7 +61,7 @@ impl Uploads {
             let step = Step { attention, ..*step };
             (attention, Arc::new(DevicePlan::within(&self.words, (at, table), list, &step, &self.scratch)))
         };
-        let rows = DeviceRows::within(&self.words, rows_at, sources, positions, slots);
+        let rows = DeviceRows::within((&self.words, rows_at), Some(&self.sampled), sources, positions, slots);
         let plans = lists.into_iter().map(plan).collect();
         Ok(OnDevice { rows: Arc::new(rows), plans, room: self.words.bytes() })
     }

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use super::super::{draw, log_sum_exp, top_n};
 use super::*;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::collections::BTreeMap;
 
@@ -12,6 +12,8 @@ struct Case {
     penalties: Penalties,
     seen: BTreeMap<u32, u32>,
     banned: Vec<u32>,
+    /// Chosen in the step before and seen once more, in a place of its own.
+    unread: Option<u32>,
 }
 
 impl Case {
@@ -27,6 +29,7 @@ impl Case {
             repetition: pick(rng, &[1.0, 1.3, 0.8]),
             presence: pick(rng, &[0.0, 0.5, -0.3]),
             frequency: pick(rng, &[0.0, 0.25]),
+            pending: None,
         };
         let few = pick(rng, &[0, 3, 20, 2000]).min(vocab);
         let mut seen: BTreeMap<u32, u32> =
@@ -38,7 +41,11 @@ impl Case {
             1 => banned.push(super::super::argmax(logits) as u32),
             _ => (),
         }
+        let listed = seen.keys().chain(&banned).next().copied();
+        let best = super::super::argmax(logits) as u32;
+        let unread = pick(rng, &[None, listed, Some(best), Some(rng.clone().random_range(0..vocab))]);
         Case {
+            unread,
             filter,
             u: pick(rng, &[0.0, 0.9, 1.0 - f64::EPSILON / 2.0, rng.clone().random()]),
             penalties,
@@ -49,14 +56,16 @@ impl Case {
 
     fn push(&self, choices: &mut Choices, row: usize) {
         let seen = self.seen.iter().map(|(id, count)| (*id, *count));
-        choices.push(row, &self.filter, self.u, &self.penalties, seen, &self.banned);
+        let penalties = Penalties { pending: self.unread.map(|_| row as u32), ..self.penalties };
+        choices.push(row, &self.filter, self.u, &penalties, seen, &self.banned);
     }
 
     /// As the engine's sampler penalises.
     fn penalised(&self, logits: &[f32]) -> Vec<f32> {
         let mut changed = logits.to_vec();
-        let p = &self.penalties;
-        for (id, count) in &self.seen {
+        let (p, mut seen) = (&self.penalties, self.seen.clone());
+        self.unread.into_iter().for_each(|id| *seen.entry(id).or_insert(0) += 1);
+        for (id, count) in &seen {
             let x = &mut changed[*id as usize];
             *x = if *x > 0.0 { *x / p.repetition } else { *x * p.repetition };
             if *count > 0 {
@@ -134,11 +143,27 @@ fn rows(rng: &mut StdRng, count: usize, vocab: usize) -> Vec<f32> {
     all
 }
 
-/// Tokens in each order of threads, which must be the same.
-fn tokens(logits: &Tensor, choices: &Choices, orders: &[u32]) -> Vec<u32> {
+/// With `before` from the step before, and room for 64 tokens.
+fn sampling(order: u32, before: &[u32]) -> Sampling {
+    let gpu = Gpu::emulated(order);
+    let there = Buffer::poisoned(&gpu, 4 * 64).unwrap();
+    there.write(0, before).unwrap();
+    Sampling::new(&gpu, &Arc::new(there), 1).unwrap()
+}
+
+/// Tokens in each order of threads, which must be the same; `before` is what the step before chose.
+fn tokens(logits: &Tensor, choices: &Choices, before: &[u32], orders: &[u32]) -> Vec<u32> {
     let run = |order: u32| {
-        let mut sampling = Sampling::new(&Gpu::emulated(order), 1).unwrap();
-        sampling.tokens(logits, choices).unwrap().to_vec1::<u32>().unwrap()
+        let mut sampling = sampling(order, before);
+        assert!(sampling.choose(logits, 0, choices, &[]).unwrap().is_none());
+        let tokens = sampling.finish(choices.len()).unwrap();
+        // The next step finds them, and what is chosen then does not disturb what is on its way.
+        assert_eq!(
+            sampling.before.read::<u32>(0, choices.len()).unwrap(),
+            sampling.tokens.read::<u32>(0, choices.len()).unwrap()
+        );
+        sampling.tokens.fill(0xff).unwrap();
+        tokens.wait().unwrap()
     };
     let first = run(orders[0]);
     orders[1..].iter().for_each(|order| assert_eq!(run(*order), first, "order {order}"));
@@ -154,7 +179,9 @@ fn compare(rng: &mut StdRng, count: usize, vocab: usize, dtype: DType, orders: &
     let mut choices = Choices::default();
     // In another order than the logits.
     (0..count).rev().for_each(|row| cases[row].push(&mut choices, row));
-    let got = tokens(&logits, &choices, orders);
+    // A token that nobody names stands for none.
+    let before: Vec<u32> = cases.iter().map(|case| case.unread.unwrap_or(0)).collect();
+    let got = tokens(&logits, &choices, &before, orders);
     for (row, token) in (0..count).rev().zip(got) {
         let case = &cases[row];
         let changed = case.penalised(&values[row]);
@@ -208,7 +235,7 @@ fn shares_follow_one_another() {
         }
         start += w;
     }
-    assert_eq!(tokens(&logits, &choices, &[0, 1, 7]), want);
+    assert_eq!(tokens(&logits, &choices, &[], &[0, 1, 7]), want);
 }
 
 #[test]
@@ -222,9 +249,9 @@ fn changes_are_sorted_and_bans_outweigh() {
     assert_eq!((choices.rows[0].begin, choices.rows[0].end, choices.rows[1].end, choices.len()), (0, 3, 4, 2));
     // Ids beyond the vocabulary are nobody's.
     let logits = Tensor::new(&[[0f32, 2.0, 1.0, 1.5]], &Device::Cpu).unwrap();
-    assert_eq!(tokens(&logits, &choices, &[0]), [2, 1]);
+    assert_eq!(tokens(&logits, &choices, &[], &[0]), [2, 1]);
     choices.clear();
-    assert!(choices.is_empty() && tokens(&logits, &choices, &[0]).is_empty());
+    assert!(choices.is_empty() && tokens(&logits, &choices, &[], &[0]).is_empty());
 }
 
 #[test]
@@ -235,8 +262,10 @@ fn log_probabilities_are_the_cpus() {
         let logits =
             Tensor::from_vec(rows(&mut rng, 9, vocab), (9, vocab), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         let values = logits.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
-        let chosen: Vec<u32> = (0..9).map(|_| rng.random_range(0..vocab as u32)).collect();
-        let tokens = Tensor::new(chosen.as_slice(), &Device::Cpu).unwrap();
+        // Nearly any token.
+        let (hot, mut choices) = (Filter { temperature: 1e3, top_k: 0, top_p: 1.0, min_p: 0.0 }, Choices::default());
+        (0..9).for_each(|row| choices.push(row, &hot, rng.random(), &Penalties::NONE, [], &[]));
+        let chosen = tokens(&logits, &choices, &[], &[0]);
         let wanted: Vec<Wanted> = (0..18)
             .map(|i| Wanted {
                 row: i % 9,
@@ -244,7 +273,8 @@ fn log_probabilities_are_the_cpus() {
                 top: [0, 1, 5, 20][i % 4],
             })
             .collect();
-        let run = |order| Sampling::new(&Gpu::emulated(order), 9).unwrap().logprobs(&logits, &tokens, &wanted).unwrap();
+        // Behind three tokens of another block of rows.
+        let run = |order| sampling(order, &[]).choose(&logits, 3, &choices, &wanted).unwrap().unwrap().wait().unwrap();
         let got = run(0);
         for order in [1, 7] {
             assert_eq!(format!("{:?}", run(order)), format!("{got:?}"), "order {order}");
@@ -269,19 +299,28 @@ fn log_probabilities_are_the_cpus() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let mut sampling = Sampling::new(&Gpu::emulated(0), 1).unwrap();
+    let mut sampling = sampling(0, &[]);
     let logits = Tensor::zeros((2, 4), DType::F32, &Device::Cpu).unwrap();
     let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
     let mut choices = Choices::default();
     choices.push(2, &filter, 0.0, &Penalties::NONE, [], &[]);
-    assert!(sampling.tokens(&logits, &choices).unwrap_err().to_string().contains("row 2 of 2"));
+    let mut choose = |logits: &Tensor, at, choices: &Choices| sampling.choose(logits, at, choices, &[]).map(drop);
+    assert!(choose(&logits, 0, &choices).unwrap_err().to_string().contains("row 2 of 2"));
     let wide = Tensor::zeros((3, MOST_TOKENS + 1), DType::F16, &Device::Cpu).unwrap();
-    assert!(sampling.tokens(&wide, &choices).unwrap_err().to_string().contains("524289"));
-    assert!(sampling.tokens(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), &choices).is_err());
-    let tokens = Tensor::zeros(1, DType::U32, &Device::Cpu).unwrap();
+    assert!(choose(&wide, 0, &choices).unwrap_err().to_string().contains("524289"));
+    assert!(choose(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), 0, &choices).is_err());
+    let three = Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
+    assert!(choose(&three, 64, &choices).unwrap_err().to_string().contains("65 tokens in a step"));
+    choices.push(0, &filter, 0.0, &Penalties { pending: Some(64), ..Penalties::NONE }, [], &[]);
+    assert!(choose(&three, 0, &choices).unwrap_err().to_string().contains("place 64 of 64"));
+    choices.clear();
+    choices.push(0, &filter, 0.0, &Penalties::NONE, [], &[]);
     for (row, of, top) in [(2, Of::Token(0), 0), (0, Of::Choice(1), 0), (0, Of::Token(0), MOST_TOP + 1)] {
-        assert!(sampling.logprobs(&logits, &tokens, &[Wanted { row, of, top }]).is_err());
+        assert!(sampling.choose(&logits, 0, &choices, &[Wanted { row, of, top }]).is_err());
     }
-    let beyond = sampling.logprobs(&logits, &tokens, &[Wanted { row: 1, of: Of::Token(4), top: 0 }]).unwrap();
+    let wanted = [Wanted { row: 1, of: Of::Token(4), top: 0 }];
+    let beyond = sampling.choose(&logits, 0, &choices, &wanted).unwrap().unwrap().wait().unwrap();
     assert!(beyond[0].logprob.is_nan());
+    assert!(sampling.finish(65).is_err());
+    assert!(Sampling::new(&Gpu::emulated(0), &sampling.before, 65).is_err());
 }

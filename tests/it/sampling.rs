@@ -1,0 +1,99 @@
+//! What a request gets is what its settings make of the model's logits, token for token, whatever else is in the batch: judged by a
+//! loop that runs each text anew and has no cache, no batch and no step planned ahead.
+use crate::support::{ask_all, load, logits, request};
+use prefixd::config::{DtypeChoice, EngineConfig};
+use prefixd::engine::Engine;
+use prefixd::engine::request::{FinishReason, Request, Sampling};
+use prefixd::model::{LoadOptions, Model, source};
+use prefixd::ops::sample::{Filter, draw};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
+
+const MODEL: &str = "tests/oracle/results/peft/qwen3_tied";
+
+/// Tokens and why they end.
+fn expected(model: &Model, prompt: &[u32], request: &Request) -> (Vec<u32>, FinishReason) {
+    let (sampling, stopping) = (&request.sampling, &request.stopping);
+    let filter = Filter {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+    };
+    let mut rng = StdRng::seed_from_u64(sampling.seed);
+    let (mut text, mut out) = (prompt.to_vec(), Vec::new());
+    while out.len() < stopping.max_new_tokens {
+        let mut row = logits(model, None, &text).pop().unwrap();
+        let mut counts: HashMap<u32, u32> = HashMap::new();
+        out.iter().for_each(|id| *counts.entry(*id).or_insert(0) += 1);
+        for (id, x) in (0u32..).zip(&mut row) {
+            let count = counts.get(&id).copied().unwrap_or(0);
+            if count > 0 || prompt.contains(&id) {
+                *x = if *x > 0.0 { *x / sampling.repetition_penalty } else { *x * sampling.repetition_penalty };
+            }
+            if count > 0 {
+                *x -= sampling.presence_penalty + sampling.frequency_penalty * count as f32;
+            }
+            if out.len() < stopping.min_new_tokens && model.eos_token_ids().contains(&id) {
+                *x = f32::NEG_INFINITY;
+            }
+        }
+        let u = if filter.temperature > 0.0 { rng.random() } else { 0.0 };
+        let id = draw(&row, &filter, u) as u32;
+        out.push(id);
+        text.push(id);
+        if model.eos_token_ids().contains(&id) {
+            return (out, FinishReason::Stop);
+        }
+    }
+    (out, FinishReason::Length)
+}
+
+#[test]
+fn sampled_tokens_follow_from_the_logits() {
+    // On the processor, whatever the engine runs on.
+    let model = Model::load(&source::resolve(MODEL).unwrap(), LoadOptions::default()).unwrap();
+    let mut rng = StdRng::seed_from_u64(7);
+    let mut pick = |of: &[f32]| of[rng.random_range(0..of.len())];
+    let asks: Vec<(Vec<u32>, Request)> = (0..48u64)
+        .map(|i| {
+            // Some begin alike, so that they share blocks.
+            let prompt: Vec<u32> = (0..5 + i as u32 % 4 * 9).map(|t| 5 + t * 7 % 50).collect();
+            let mut r = request(None, &prompt, 1 + i as usize * 5 % 28);
+            r.sampling = Sampling {
+                temperature: pick(&[0.0, 0.7, 20.0, 20.0]),
+                top_k: pick(&[0.0, 0.0, 40.0]) as usize,
+                top_p: pick(&[1.0, 0.9]),
+                min_p: pick(&[0.0, 0.01]),
+                repetition_penalty: pick(&[1.0, 1.4, 3.0]),
+                presence_penalty: pick(&[0.0, 1.0]),
+                frequency_penalty: pick(&[0.0, 0.7]),
+                seed: i,
+            };
+            r.stopping.ignore_eos = false;
+            r.stopping.min_new_tokens = pick(&[0.0, 3.0, 9.0]) as usize;
+            (prompt, r)
+        })
+        .collect();
+    let want: Vec<_> = asks.iter().map(|(prompt, r)| expected(&model, prompt, r)).collect();
+    let ends = want.iter().filter(|(_, reason)| *reason == FinishReason::Stop).count();
+    println!("{ends} of {} end by themselves", want.len());
+    assert!(ends > 2 && ends < want.len());
+    for (kv_tokens, max_batch_tokens, max_sequences) in [(4096, 512, 64), (160, 24, 7)] {
+        let config = EngineConfig { kv_tokens, max_batch_tokens, max_sequences, ..EngineConfig::default() };
+        let engine = Engine::start(load(MODEL, DtypeChoice::F32), &config).unwrap();
+        let got = ask_all(&engine.handle(), asks.iter().map(|(_, r)| r.clone()).collect());
+        for (i, (got, (ids, reason))) in got.iter().zip(&want).enumerate() {
+            let tokens: Vec<u32> = got.tokens.iter().map(|t| t.id).collect();
+            assert_eq!((&tokens, got.finish.reason), (ids, *reason), "{i}: {:?}", asks[i].1.sampling);
+            assert_eq!(got.finish.usage.generated, ids.len());
+        }
+        while engine.handle().stats().running > 0 {
+            std::thread::yield_now();
+        }
+        let stats = engine.handle().stats();
+        assert_eq!(stats.kv_pages_available, stats.kv_pages_total);
+        assert_eq!(stats.preemptions > 0, kv_tokens == 160, "{stats:?}");
+    }
+}
