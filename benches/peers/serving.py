@@ -21,12 +21,13 @@ stay up, idle while another side is measured; the sides take turns in every roun
 JSON line for each measurement and then tables: medians over the rounds, and in brackets the first row's throughput as a multiple of
 the row's. The clients run on the same cores as the servers.
 
+--decoder adds steps of prefixd without a server to `goals`, as llama.cpp's benches are without one. MODEL has the shape of Qwen2-0.5B then.
 --device cuda:0 has prefixd and PEFT on a GPU; llama.cpp is left out there.
 --quantize int8 adds prefixd with int8 weights, and llama-server with Q8_0 ones.
 
 Needs: grpcio, grpcio-tools, numpy, safetensors, Linux; the executables.
 """
-import argparse, bisect, contextlib, http.client, itertools, json, os, pathlib, random, statistics, subprocess, tempfile, threading, time
+import argparse, bisect, contextlib, http.client, itertools, json, os, pathlib, random, re, statistics, subprocess, tempfile, threading, time
 
 import numpy
 from safetensors.numpy import save_file
@@ -374,6 +375,14 @@ class Bench:
         forward, step, others = (inside[-1][i] - inside[0][i] for i in (1, 2, 3))
         return {"own_cost": round((step - forward + others / self.a.threads) / forward, 4)}
 
+    def decoder(self, kind, sizes):
+        """Steps without a server, as llama.cpp's benches measure theirs; but each row has one of 8 prefixes of --prefix rows."""
+        rows = [f"rows={n}" for n in sizes]
+        done = subprocess.run([self.a.decoder, kind, *rows, "rows=512", "adapters=8", f"prefix={self.a.prefix}"], capture_output=True, text=True, check=True)
+        decode = re.findall(r"^decode +(\d+) rows.* ([0-9.]+) tokens/s", done.stdout, re.M)
+        prefill = re.findall(r"^prefill 512 rows:.* (\d+) tokens/s", done.stdout, re.M)
+        return {f"decode_{n}": float(rate) for n, rate in decode} | {"prefill_512": float(prefill[0])}
+
     def goals(self):
         a = self.a
         store, _ = self.store("goals", 0)
@@ -386,6 +395,10 @@ class Bench:
                     (begun, times), = drive(ask_prefixd(server, 1), self.requests([""], 512), 1).seen
                     return found | {"prefill_512": round(512 / (times[0] - begun), 1)} | self.own_cost(server, 32)
                 sides[f"prefixd {kind}"] = ours
+                def alone(kind=kind):
+                    return self.decoder(kind, sizes)
+                if a.decoder:
+                    sides[f"prefixd {kind}, decoder alone"] = alone
             for kind in ("BF16", "Q8_0", "Q4_0") if a.llama else ():
                 def theirs(gguf=f"{a.gguf}-{kind}.gguf"):
                     ask = lambda tool, *more: lines_of([a.llama / tool, "-m", gguf, "-t", a.threads, *more])
@@ -429,6 +442,7 @@ def main():
     p.add_argument("--prefixd", type=pathlib.Path, default=pathlib.Path("target/release/prefixd"))
     p.add_argument("--python", help="a Python with torch, transformers and PEFT")
     p.add_argument("--llama", type=pathlib.Path, help="folder of llama.cpp's programs"), p.add_argument("--gguf", help="MODEL as GGUF, without -KIND.gguf")
+    p.add_argument("--decoder", type=pathlib.Path, help="benches/decoder.rs, built: `cargo bench --no-run --bench decoder` says where")
     p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--rounds", type=int, default=5), p.add_argument("--threads", type=int, default=2)
     p.add_argument("--dtype", choices=("f32", "bf16"), default="bf16"), p.add_argument("--quantize", nargs="*", default=[], choices=("int8",))
