@@ -1,10 +1,8 @@
 //! The engine thread: owns the model, the pool and every sequence.
 use super::capacity;
 use super::guest::Hosting;
-use super::readout::{
-    self,
-    on_device::{Choosing, Chosen},
-};
+use super::readout;
+use super::readout::on_device::{Choosing, Chosen};
 use super::request::{Event, FinishReason, Request};
 use super::runner::{Logits, Runner};
 use super::sampler::Sampled;
@@ -137,14 +135,15 @@ impl Worker {
             self.reap();
             let step = self.scheduler.schedule();
             self.announce(&step);
-            let launched = if step.is_empty() { None } else { self.launch(step)? };
-            if let Some(before) = std::mem::replace(&mut self.under_way, launched) {
-                self.collect(before)?;
+            let ahead = self.looks_ahead(&step);
+            if !ahead {
+                self.collect_under_way()?;
             }
-            // The guest's slices wait for all work, which would be on its account.
-            let ahead = self.sampling.is_some() && !self.hosting.awake();
-            if let Some(now) = self.under_way.take_if(|_| !ahead) {
-                self.collect(now)?;
+            let launched = if step.is_empty() { None } else { self.launch(step)? };
+            let before = std::mem::replace(&mut self.under_way, launched);
+            before.map_or(Ok(()), |before| self.collect(before))?;
+            if !ahead {
+                self.collect_under_way()?;
             }
             self.answer_waiting();
             self.counted.step_time += began.elapsed();
@@ -153,6 +152,13 @@ impl Worker {
             self.hosting.run(self.runner.model(), self.scheduler.has_work())?;
         }
         Ok(())
+    }
+
+    /// Whether `step` is launched before the one under way is done, and not waited for. A class is read on the processor, so its step is
+    /// waited for anyway. The guest's slices wait for all work, which would be on its account.
+    fn looks_ahead(&self, step: &Step) -> bool {
+        let classified = |id| self.sequences.get(id).is_some_and(|s| s.head().is_some());
+        self.sampling.is_some() && !self.hosting.awake() && !step.sequences.iter().any(|c| classified(&c.id))
     }
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.
@@ -276,8 +282,16 @@ impl Worker {
                 (0..).zip(whose).for_each(|(place, id)| self.scheduler.chosen(*id, place));
                 Ok(Some(Launched { step, sampled, chosen }))
             }
-            Err(e) => self.fail_step(&step, &e).map(|()| None),
+            Err(e) => {
+                // What the step before has given is good, and some end with it.
+                self.collect_under_way()?;
+                self.fail_step(&step, &e).map(|()| None)
+            }
         }
+    }
+
+    fn collect_under_way(&mut self) -> Result<()> {
+        self.under_way.take().map_or(Ok(()), |step| self.collect(step))
     }
 
     /// Takes in what a step came to: scores, classes, tokens, and who ends with them.

@@ -24,7 +24,7 @@ use crate::ops::prefix_attention::{
 };
 use crate::ops::rope::{self, Frequencies, Heads, Turns};
 use crate::ops::{Machine, Vector};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 use steps::{Graphs, Shape, Steps};
 
@@ -272,7 +272,10 @@ impl Decoder {
     pub fn finish(&self, hidden: &Tensor, wanted: &[u32]) -> Result<Tensor> {
         // In decoding all rows are wanted: no copy of them.
         let all = wanted.iter().copied().eq(0..hidden.dim(0)? as u32);
-        let rows = || Tensor::from_slice(wanted, wanted.len(), &self.machine.device());
+        let rows = || match self.machine.gpu() {
+            Some(gpu) => gpu.upload(wanted, wanted.len()),
+            None => Tensor::from_slice(wanted, wanted.len(), &Device::Cpu),
+        };
         let hidden = if all { hidden.clone() } else { hidden.index_select(&rows()?, 0)? };
         Ok(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? })
     }

@@ -47,8 +47,11 @@ impl Machine {
 
     /// `[rows, columns]` of host values, where the ops want them. f32: kernels take inputs of users as they are.
     pub fn rows(&self, values: &[f32], columns: usize) -> Result<Tensor> {
-        let host = Tensor::from_slice(values, (values.len() / columns.max(1), columns), &Device::Cpu)?;
-        self.to_device(&host)
+        let shape = (values.len() / columns.max(1), columns);
+        match &self.gpu {
+            Some(gpu) if !values.is_empty() => gpu.upload(values, shape),
+            _ => self.to_device(&Tensor::from_slice(values, shape, &Device::Cpu)?),
+        }
     }
 
     /// Rows `[n, columns]` where the ops want them. A GPU has no tensor without elements: no rows become one of zeros, which nobody

@@ -58,6 +58,11 @@ impl Scheduler {
             if self.grow(id, end, step) {
                 return self.run(id, end, budget, step);
             }
+            // One whose last token is under way gives its pages back with the next step.
+            let ends = |v: &SequenceId| self.sequences[v].goal() == self.sequences[v].computed;
+            if self.running.iter().any(|v| *v != id && ends(v)) {
+                return;
+            }
             let planned = |v: &SequenceId| step.sequences.iter().any(|c| c.id == *v);
             let victim = self.running.iter().rev().find(|v| **v != id && !planned(v)).copied();
             if let Some(victim) = victim {

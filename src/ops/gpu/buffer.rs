@@ -23,6 +23,12 @@ unsafe impl Plain for f64 {}
 // SAFETY: as above.
 unsafe impl Plain for u8 {}
 
+/// `values` as they lie in memory.
+pub(super) fn bytes<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: plain values are their bytes.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
+}
+
 /// Memory that kernels read and write. It is freed when the last work on it is done.
 pub struct Buffer {
     memory: Memory,
@@ -116,8 +122,7 @@ impl Buffer {
     /// Puts `values` at element `at`, after all work before.
     pub fn write<T: Plain>(&self, at: usize, values: &[T]) -> Result<()> {
         let start = self.range(at, size_of_val(values), size_of::<T>())?;
-        // SAFETY: plain values are their bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        let bytes = bytes(values);
         match self.memory {
             #[cfg(feature = "cuda")]
             Memory::Cuda(ref memory) => memory.write(start, bytes),

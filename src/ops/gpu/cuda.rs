@@ -186,6 +186,16 @@ impl Cuda {
         Ok(CudaStorage { slice, device: device.clone() })
     }
 
+    /// A tensor's elements, `bytes` of them in all.
+    pub fn upload(&self, dtype: DType, bytes: &[u8]) -> Result<CudaStorage> {
+        let storage = self.fresh(dtype, bytes.len() / dtype.size_in_bytes())?;
+        let stream = self.device.cuda_stream();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: room for as many elements was just made.
+        unsafe { self.staging.put(&stream, pointer(&storage), bytes)? };
+        Ok(storage)
+    }
+
     /// Memory outside of any tensor.
     pub fn allocate(&self, bytes: usize) -> Result<Allocation> {
         // SAFETY: `Buffer` writes it, or its user does before reading.
@@ -314,17 +324,10 @@ impl Allocation {
     }
 
     pub fn write(&self, start: usize, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
         let stream = self.device.cuda_stream();
         stream.context().bind_to_thread().w()?;
-        if bytes.len() <= staging::MOST {
-            // SAFETY: `Buffer` checked the range.
-            return unsafe { self.staging.put(&stream, self.pointer() + start as u64, bytes) };
-        }
-        // SAFETY: as above. The copy of pageable memory has left it when the call returns.
-        unsafe { driver::memcpy_htod_async(self.pointer() + start as u64, bytes, stream.cu_stream()).w() }
+        // SAFETY: `Buffer` checked the range.
+        unsafe { self.staging.put(&stream, self.pointer() + start as u64, bytes) }
     }
 
     pub fn read(&self, start: usize, bytes: &mut [u8]) -> Result<()> {

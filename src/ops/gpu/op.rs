@@ -1,9 +1,9 @@
 //! Ops of kernels as ops of candle: tensors in, one new tensor out, with a gradient or a loud error.
-use super::Gpu;
+use super::{Gpu, Plain};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor,
-    bail,
+    WithDType, bail,
 };
 use std::marker::PhantomData;
 
@@ -90,6 +90,16 @@ impl Gpu {
             Gpu::Cuda(ref cuda) => Ok(Fresh::Cuda(cuda.fresh(dtype, len)?)),
             Gpu::Emulated(_) => Ok(Fresh::Emulated(super::emulated::fresh(dtype, len)?)),
         }
+    }
+
+    /// `values` as a tensor outside of any graph, after all work before; nobody waits for that.
+    pub fn upload<T: Plain + WithDType>(&self, values: &[T], shape: impl Into<Shape>) -> Result<Tensor> {
+        let made = match *self {
+            #[cfg(feature = "cuda")]
+            Gpu::Cuda(ref cuda) => Fresh::Cuda(cuda.upload(T::DTYPE, super::buffer::bytes(values))?),
+            Gpu::Emulated(_) => Fresh::Emulated(T::to_cpu_storage(values)),
+        };
+        Ok(made.tensor(shape))
     }
 
     /// Calls `f` with views of `tensors`, which stay where they are meanwhile: for what is no op of a graph, with more inputs

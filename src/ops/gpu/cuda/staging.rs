@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Larger copies are a model's weights, for which nobody waits.
-pub const MOST: usize = 1 << 20;
+const MOST: usize = 1 << 20;
 /// Copies under way before the oldest is waited for.
-const MANY: usize = 32;
+const MANY: usize = 64;
 
 /// Memory that was used, the oldest first.
 #[derive(Default)]
@@ -25,12 +25,17 @@ impl Pool {
     /// Room for `bytes` that no copy uses any more.
     fn take(&self, stream: &Arc<CudaStream>, bytes: usize) -> Result<Staging> {
         let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let many = used.len() >= MANY;
         let idle = used.iter().position(|s| s.memory.len() >= bytes && s.done.is_complete());
         if let Some(staging) = idle.and_then(|i| used.remove(i)) {
             return Ok(staging);
         }
-        if used.len() >= MANY {
-            used.pop_front().map_or(Ok(()), |oldest| oldest.done.synchronize()).w()?;
+        let oldest = if many { used.pop_front() } else { None };
+        if let Some(oldest) = oldest {
+            oldest.done.synchronize().w()?;
+            if oldest.memory.len() >= bytes {
+                return Ok(oldest);
+            }
         }
         let size = bytes.next_power_of_two().max(4096);
         // SAFETY: nothing is read before it was written: `put` does, or the device.
@@ -47,6 +52,13 @@ impl Pool {
     /// # Safety
     /// The device has that memory.
     pub unsafe fn put(&self, stream: &Arc<CudaStream>, to: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if bytes.len() > MOST {
+            // SAFETY: the caller's; the copy of pageable memory has left it when the call returns.
+            return unsafe { driver::memcpy_htod_async(to, bytes, stream.cu_stream()).w() };
+        }
         let mut staging = self.take(stream, bytes.len())?;
         let start = staging.memory.as_mut_ptr().w()?;
         // SAFETY: `take` saw that it is large enough and that nobody uses it.
