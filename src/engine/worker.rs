@@ -157,8 +157,7 @@ impl Worker {
     /// Whether `step` is launched before the one under way is done, and not waited for. A class is read on the processor, so its step is
     /// waited for anyway. The guest's slices wait for all work, which would be on its account.
     fn looks_ahead(&self, step: &Step) -> bool {
-        let classified = |id| self.sequences.get(id).is_some_and(|s| s.head().is_some());
-        self.sampling.is_some() && !self.hosting.awake() && !step.sequences.iter().any(|c| classified(&c.id))
+        self.sampling.is_some() && !self.hosting.awake() && classified(step, &self.sequences).is_empty()
     }
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.

@@ -129,12 +129,7 @@ fn parts(first: &str) -> Vec<String> {
 fn gguf(name: &str, path: &Path) -> Result<ModelFiles> {
     let dir = path.parent().unwrap_or(Path::new(""));
     let file = path.file_name().map_or_else(|| name.to_owned(), |n| n.to_string_lossy().into_owned());
-    let open = |file: String| {
-        let path = dir.join(&file);
-        let bytes = Mapped::open(&path).or_kind(Kind::InvalidArgument, path.display())?;
-        Ok(WeightFile { name: file, bytes: Bytes::Mapped(bytes) })
-    };
-    let weights = parts(&file).into_iter().map(open).collect::<Result<Vec<_>>>()?;
+    let weights = parts(&file).into_iter().map(|part| mapped(dir, part)).collect::<Result<Vec<_>>>()?;
     let read_header = || SmallFiles::of(&Gguf::open(weights.iter().map(|file| &*file.bytes))?);
     let small = read_header().map_err(|e| e.context(path.display()))?;
     let beside = |file: &str| optional(dir, file);
@@ -173,11 +168,6 @@ fn folder(name: &str, dir: &Path) -> Result<ModelFiles> {
     let optional = |file: &str| optional(dir, file);
     let index = dir.join("model.safetensors.index.json");
     let shards = if index.is_file() { shard_names(&read(&index)?)? } else { vec!["model.safetensors".to_owned()] };
-    let weight = |shard: String| {
-        let path = dir.join(&shard);
-        let bytes = Mapped::open(&path).or_kind(Kind::InvalidArgument, path.display())?;
-        Ok(WeightFile { name: shard, bytes: Bytes::Mapped(bytes) })
-    };
     Ok(ModelFiles {
         name: name.into(),
         config: Bytes::Owned(read(&dir.join("config.json"))?),
@@ -185,8 +175,14 @@ fn folder(name: &str, dir: &Path) -> Result<ModelFiles> {
         tokenizer: Bytes::Owned(read(&dir.join("tokenizer.json"))?),
         tokenizer_config: optional("tokenizer_config.json")?,
         chat_template: optional("chat_template.jinja")?,
-        weights: shards.into_iter().map(weight).collect::<Result<_>>()?,
+        weights: shards.into_iter().map(|shard| mapped(dir, shard)).collect::<Result<_>>()?,
     })
+}
+
+fn mapped(dir: &Path, file: String) -> Result<WeightFile> {
+    let path = dir.join(&file);
+    let bytes = Mapped::open(&path).or_kind(Kind::InvalidArgument, path.display())?;
+    Ok(WeightFile { name: file, bytes: Bytes::Mapped(bytes) })
 }
 
 fn optional(dir: &Path, file: &str) -> Result<Option<Bytes>> {

@@ -2,6 +2,7 @@
 use super::Gpu;
 use candle_core::{Result, bail};
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 /// Types whose bytes go to the device as they are.
 ///
@@ -94,6 +95,14 @@ impl Buffer {
         let buffer = Self::uninitialised(gpu, bytes)?;
         buffer.fill(if cfg!(debug_assertions) { 0xff } else { 0 })?;
         Ok(buffer)
+    }
+
+    /// Puts one of at least `bytes` in the place of `buffer`, where that is smaller: what it held is gone then.
+    pub fn make_room(buffer: &mut Arc<Self>, gpu: &Gpu, bytes: usize) -> Result<()> {
+        if bytes > buffer.bytes() {
+            *buffer = Arc::new(Self::poisoned(gpu, bytes.next_power_of_two())?);
+        }
+        Ok(())
     }
 
     fn uninitialised(gpu: &Gpu, bytes: usize) -> Result<Self> {

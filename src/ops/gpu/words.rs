@@ -39,10 +39,7 @@ impl Words {
 
     /// In the place of what `buffer` holds, after all work on that. Where they find no room, a buffer twice as large takes its place.
     pub fn replace(&self, gpu: &Gpu, buffer: &mut Arc<Buffer>) -> Result<()> {
-        let bytes = size_of_val(self.0.as_slice());
-        if bytes > buffer.bytes() {
-            *buffer = Arc::new(Buffer::poisoned(gpu, bytes.next_power_of_two())?);
-        }
+        Buffer::make_room(buffer, gpu, size_of_val(self.0.as_slice()))?;
         buffer.write(0, &self.0)
     }
 }

@@ -277,7 +277,7 @@ impl Sampling {
         };
         put(&self.gpu, &mut self.wanted, &wanted.iter().map(raw).collect::<Result<Vec<_>>>()?)?;
         let words = wanted.len() * (1 + 2 * width);
-        make_room(&self.gpu, &mut self.scores, words * size_of::<u32>())?;
+        Buffer::make_room(&mut self.scores, &self.gpu, words * size_of::<u32>())?;
         self.gpu.with("logprobs", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
             let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(&self.wanted, 0, 1);
@@ -313,15 +313,8 @@ impl Scores {
 
 /// Uploads `values`, after all work that reads the last ones.
 fn put<T: Plain>(gpu: &Gpu, buffer: &mut Arc<Buffer>, values: &[T]) -> Result<()> {
-    make_room(gpu, buffer, size_of_val(values))?;
+    Buffer::make_room(buffer, gpu, size_of_val(values))?;
     buffer.write(0, values)
-}
-
-fn make_room(gpu: &Gpu, buffer: &mut Arc<Buffer>, bytes: usize) -> Result<()> {
-    if bytes > buffer.bytes() {
-        *buffer = Arc::new(Buffer::poisoned(gpu, bytes.next_power_of_two())?);
-    }
-    Ok(())
 }
 
 /// The vocabulary of logits `[rows, vocab]`, if the kernels can have it.
