@@ -1,5 +1,6 @@
 //! What goes to the device in one copy.
-use super::{Buffer, Gpu};
+use super::buffer::bytes;
+use super::{Buffer, Gpu, Plain};
 use candle_core::Result;
 use std::sync::Arc;
 
@@ -7,28 +8,13 @@ use std::sync::Arc;
 #[derive(Default)]
 pub struct Words(Vec<u32>);
 
-/// A word of the device's.
-pub trait Word: Copy {
-    /// Its bits.
-    fn bits(self) -> u32;
-}
-impl Word for u32 {
-    fn bits(self) -> u32 {
-        self
-    }
-}
-impl Word for i32 {
-    fn bits(self) -> u32 {
-        self.cast_unsigned()
-    }
-}
-
 impl Words {
-    /// Adds a list; returns the element at which it starts, a multiple of 4.
-    pub fn add<W: Word>(&mut self, list: &[W]) -> usize {
+    /// Adds a list of elements of whole words; returns the word at which it starts, a multiple of 4.
+    pub fn add<T: Plain>(&mut self, list: &[T]) -> usize {
+        const { assert!(size_of::<T>().is_multiple_of(size_of::<u32>())) };
         self.0.resize(self.0.len().next_multiple_of(4), 0);
         let at = self.0.len();
-        self.0.extend(list.iter().map(|word| word.bits()));
+        self.0.extend(bytes(list).chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]])));
         at
     }
 

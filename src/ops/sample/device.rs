@@ -3,7 +3,7 @@
 //! The choice is [`draw`](super::draw)'s of the penalised logits, but for targets that lie within the kernel's fixed point of
 //! an edge; its header has the bound.
 use super::Filter;
-use crate::ops::gpu::{Buffer, Gpu, Grid, Later, Plain, View};
+use crate::ops::gpu::{Buffer, Gpu, Grid, Later, Plain, View, Words};
 use candle_core::{Result, Tensor, bail};
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -173,6 +173,24 @@ pub struct Wanted {
     pub top: usize,
 }
 
+impl Wanted {
+    /// As the kernel reads it, of `rows` rows and `chosen` choices.
+    fn raw(&self, rows: usize, chosen: usize) -> Result<RawWanted> {
+        let (token, from) = match self.of {
+            Of::Token(token) => (token, NONE),
+            Of::Choice(i) if i < chosen => (0, number(i)),
+            Of::Choice(i) => bail!("logprobs: choice {i} of {chosen}"),
+        };
+        if self.row >= rows {
+            bail!("logprobs: row {} of {rows} rows of logits", self.row);
+        }
+        if self.top > MOST_TOP {
+            bail!("logprobs: {} tokens of a row, at most {MOST_TOP} can be listed", self.top);
+        }
+        Ok(RawWanted { row: number(self.row), token, from, top: number(self.top) })
+    }
+}
+
 /// What [`Wanted`] asks for, under the model's own distribution: without penalties and temperature.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Logprobs {
@@ -189,9 +207,8 @@ pub struct Sampling {
     tokens: Arc<Buffer>,
     /// Tokens of the step before: what the next one's rows and penalties may name.
     before: Arc<Buffer>,
-    choices: Arc<Buffer>,
-    changes: Arc<Buffer>,
-    wanted: Arc<Buffer>,
+    /// What to choose and what to compute.
+    words: Arc<Buffer>,
     scores: Arc<Buffer>,
 }
 
@@ -217,9 +234,7 @@ impl Sampling {
             gpu: gpu.clone(),
             tokens: room(before.bytes())?,
             before: before.clone(),
-            choices: room(rows * size_of::<Choice>())?,
-            changes: room(rows * 1024)?,
-            wanted: room(rows * size_of::<RawWanted>())?,
+            words: room(rows * 1024)?,
             scores: room(rows * 4)?,
         })
     }
@@ -244,43 +259,29 @@ impl Sampling {
         if at + count > room {
             bail!("sample: {} tokens in a step, {room} have room", at + count);
         }
-        put(&self.gpu, &mut self.choices, &choices.rows)?;
-        put(&self.gpu, &mut self.changes, &choices.changes)?;
+        let mut words = Words::default();
+        let [choices_at, changes_at] = [words.add(&choices.rows), words.add(&choices.changes)];
+        let wanted_at = words.add(&wanted.iter().map(|w| w.raw(rows, count)).collect::<Result<Vec<_>>>()?);
+        words.replace(&self.gpu, &mut self.words)?;
         self.gpu.with("sample", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(&self.choices, 0, 1);
-            let call = call.buffer(&self.changes, 0, 1).buffer(&self.before, 0, 4).buffer(&self.tokens, at, 4);
+            let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(&self.words, choices_at, 4);
+            let call = call.buffer(&self.words, changes_at, 4).buffer(&self.before, 0, 4).buffer(&self.tokens, at, 4);
             let grid = Grid { blocks: [number(count), 1, 1], threads: THREADS, shared: SHARED };
             // SAFETY: the kernel's arguments; rows and places were checked, and as many choices and changes written as they say.
             unsafe { call.int(vocab).launch(grid) }
         })?;
-        if wanted.is_empty() { Ok(None) } else { self.score(logits, (at, count), wanted).map(Some) }
+        if wanted.is_empty() { Ok(None) } else { self.score(logits, at, wanted, wanted_at).map(Some) }
     }
 
-    /// `tokens`: the first, and how many, of which `wanted` may be.
-    fn score(&mut self, logits: &Tensor, (at, chosen): (usize, usize), wanted: &[Wanted]) -> Result<Scores> {
-        let rows = logits.dims2()?.0;
+    /// `at`: the first token that `wanted`, which lies at word `wanted_at`, may be of.
+    fn score(&mut self, logits: &Tensor, at: usize, wanted: &[Wanted], wanted_at: usize) -> Result<Scores> {
         let width = wanted.iter().map(|w| w.top).max().unwrap_or(0);
-        if width > MOST_TOP {
-            bail!("logprobs: {width} tokens of a row, at most {MOST_TOP} can be listed");
-        }
-        let raw = |w: &Wanted| {
-            let (token, from) = match w.of {
-                Of::Token(token) => (token, NONE),
-                Of::Choice(i) if i < chosen => (0, number(i)),
-                Of::Choice(i) => bail!("logprobs: choice {i} of {chosen}"),
-            };
-            if w.row >= rows {
-                bail!("logprobs: row {} of {rows} rows of logits", w.row);
-            }
-            Ok(RawWanted { row: number(w.row), token, from, top: number(w.top) })
-        };
-        put(&self.gpu, &mut self.wanted, &wanted.iter().map(raw).collect::<Result<Vec<_>>>()?)?;
         let words = wanted.len() * (1 + 2 * width);
         Buffer::make_room(&mut self.scores, &self.gpu, words * size_of::<u32>())?;
         self.gpu.with("logprobs", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(&self.wanted, 0, 1);
+            let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(&self.words, wanted_at, 4);
             let call = call.buffer(&self.tokens, at, 4).buffer(&self.scores, 0, 4);
             let grid = Grid { blocks: [number(wanted.len()), 1, 1], threads: THREADS, shared: SHARED };
             // SAFETY: the kernel's arguments; rows, choices and the width were checked, and there is room for all that is wanted.
@@ -309,12 +310,6 @@ impl Scores {
         };
         Ok(bits.chunks_exact(1 + 2 * width).zip(&self.tops).map(read).collect())
     }
-}
-
-/// Uploads `values`, after all work that reads the last ones.
-fn put<T: Plain>(gpu: &Gpu, buffer: &mut Arc<Buffer>, values: &[T]) -> Result<()> {
-    Buffer::make_room(buffer, gpu, size_of_val(values))?;
-    buffer.write(0, values)
 }
 
 /// The vocabulary of logits `[rows, vocab]`, if the kernels can have it.
