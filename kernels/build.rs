@@ -71,12 +71,11 @@ pub fn for_cpu() -> Result<(), Box<dyn Error>> {
         return Ok(());
     }
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++20").opt_level(2).define("KERNELS_ON_CPU", None).include("kernels").include("kernels/cpu");
-    build.flag("-Wno-unused").flag("-Wno-unknown-pragmas").flag("-xc++");
-    // Packs are read as integers, as nvcc allows.
-    build.flag("-fno-strict-aliasing");
-    // Without contraction a product and a sum round as they stand, on every machine.
-    build.flag("-ffp-contract=off");
+    build.cpp(true).opt_level(2).include("kernels").include("kernels/cpu");
+    // What the kernels are compiled with wherever that is on the CPU.
+    fs::read_to_string("kernels/cpu/flags")?.lines().filter(|l| !l.starts_with('#')).for_each(|flag| {
+        build.flag(flag);
+    });
     if let Ok(checks) = env::var("PREFIXD_SANITIZE") {
         build
             .flag(format!("-fsanitize={checks}"))

@@ -135,8 +135,8 @@ MUTATIONS = {
     "prefix_attention_backward.cu": ("ops::prefix_attention::packed::device", [("the first barrier dropped", "__syncthreads();", "")]),
 }
 
-FLAGS = ["-O1", "-g1", "-std=c++20", "-DKERNELS_ON_CPU", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer",
-         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
+FLAGS = [flag for flag in (root / "kernels/cpu/flags").read_text().splitlines() if not flag.startswith("#")]
+FLAGS += ["-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
 work = root / "target/mutate"
 work.mkdir(parents=True, exist_ok=True)
 
@@ -144,7 +144,7 @@ work.mkdir(parents=True, exist_ok=True)
 def compile(source, out, name):
     """The file `name` of the folder `source`."""
     to = out / (name + ".o")
-    subprocess.run(["g++", *FLAGS, "-xc++", "-I", source, "-I", source / "cpu", "-c", source / name, "-o", to], check=True, capture_output=True, text=True)
+    subprocess.run(["g++", *FLAGS, "-I", source, "-I", source / "cpu", "-c", source / name, "-o", to], check=True, capture_output=True, text=True)
 
 
 def reads(name, header):

@@ -71,9 +71,6 @@ pub enum Device {
     Cpu,
     /// The GPU of that index.
     Cuda(usize),
-    /// The GPU's kernels on the CPU, thread by thread: for tests.
-    #[cfg(feature = "emulate")]
-    Emulated,
 }
 
 impl std::str::FromStr for Device {
@@ -84,8 +81,6 @@ impl std::str::FromStr for Device {
             ("cpu", _) => Ok(Device::Cpu),
             ("cuda", _) => Ok(Device::Cuda(0)),
             (_, Some(Ok(index))) => Ok(Device::Cuda(index)),
-            #[cfg(feature = "emulate")]
-            ("emulated", _) => Ok(Device::Emulated),
             _ => Err(Error::invalid("device", format!("{s:?}"), "must be auto, cpu or cuda:N")),
         }
     }
@@ -104,8 +99,6 @@ impl From<Device> for String {
             Device::Auto => "auto".into(),
             Device::Cpu => "cpu".into(),
             Device::Cuda(i) => format!("cuda:{i}"),
-            #[cfg(feature = "emulate")]
-            Device::Emulated => "emulated".into(),
         }
     }
 }

@@ -117,7 +117,12 @@ fn shorten(value: &str) -> String {
 
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        Error::internal(format!("tensor: {}", without_trace(e)))
+        let text = without_trace(e).to_string();
+        // The one error of a device that its users can do something about.
+        match text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+            true => Error::exhausted(format!("the GPU has no memory left for this: {text}"), None),
+            false => Error::internal(format!("tensor: {text}")),
+        }
     }
 }
 

@@ -17,6 +17,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 using std::max;
@@ -208,18 +209,19 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
     }
 }
 
-// Kernels by name; their arguments come as cuLaunchKernel takes them, an array of pointers to values.
-using Kernel = std::function<void(void**)>;
+// Kernels by name; their arguments come as cuLaunchKernel takes them, an array of pointers to values, which are copied: a launch may be
+// run later.
+using Kernel = std::function<std::function<void()>(void**)>;
 inline std::map<std::string, Kernel>& kernels() {
     static std::map<std::string, Kernel> all;
     return all;
 }
 struct Export {
     template <typename... A> Export(const char* name, void (*f)(A...)) {
-        kernels()[name] = [f](void** values) { call(f, values, std::index_sequence_for<A...>()); };
+        kernels()[name] = [f](void** values) { return bound(f, values, std::index_sequence_for<A...>()); };
     }
-    template <typename... A, size_t... I> static void call(void (*f)(A...), void** values, std::index_sequence<I...>) {
-        f(*static_cast<std::remove_const_t<A>*>(values[I])...);
+    template <typename... A, size_t... I> static std::function<void()> bound(void (*f)(A...), void** values, std::index_sequence<I...>) {
+        return [f, copy = std::tuple<std::remove_const_t<A>...>(*static_cast<std::remove_const_t<A>*>(values[I])...)] { f(std::get<I>(copy)...); };
     }
 };
 }  // namespace cuda_cpu

@@ -7,7 +7,7 @@ extern "C" int prefixd_emulate(const char* name, const unsigned* grid, const uns
         const auto kernel = cuda_cpu::kernels().find(name);
         if (kernel == cuda_cpu::kernels().end()) throw std::runtime_error("no such kernel");
         cuda_cpu::launch(dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared, order,
-                         [&] { kernel->second(values); });
+                         kernel->second(values));
         return 0;
     } catch (const std::exception& e) {
         snprintf(message, size, "%s", e.what());

@@ -17,8 +17,10 @@ pub struct GpuMemory {
     pub free: usize,
     /// Bytes that there are.
     pub total: usize,
-    /// Bytes that the activations of a step take, and those of training.
+    /// Bytes that the activations of a step take.
     pub activations: usize,
+    /// Bytes that training may take.
+    pub training: usize,
 }
 
 /// Pages of `page_bytes` each, as `config` asks: by tokens, by memory, or neither (on a GPU what weights, activations and others
@@ -29,7 +31,7 @@ pub struct GpuMemory {
 pub fn pages(config: &EngineConfig, page_bytes: usize, gpu: Option<GpuMemory>) -> Result<usize> {
     let budget = gpu.map(|m| {
         let kept = (m.total as f64 * (1.0 - config.gpu_memory_utilization)) as usize;
-        m.free.saturating_sub(kept).saturating_sub(m.activations)
+        m.free.saturating_sub(kept + m.activations + m.training)
     });
     let pages = match (config.kv_tokens, config.kv_memory_mib, budget) {
         (0, 0, Some(budget)) => budget / page_bytes,
@@ -43,12 +45,14 @@ pub fn pages(config: &EngineConfig, page_bytes: usize, gpu: Option<GpuMemory>) -
         let mib = |bytes: usize| bytes >> 20;
         let text = format!(
             "the KV pool needs {} MiB ({pages} pages of {page_bytes} bytes), the GPU has {} MiB for it: {} of {} MiB are free, \
-             {} MiB are for activations, engine.gpu_memory_utilization is {}",
+             {} MiB are for activations, {} MiB for training (training.activation_mib, training.batch_mib), \
+             engine.gpu_memory_utilization is {}",
             mib(pages.max(1).saturating_mul(page_bytes)),
             mib(budget),
             mib(m.free),
             mib(m.total),
             mib(m.activations),
+            mib(m.training),
             config.gpu_memory_utilization
         );
         return Err(Error::exhausted(text, None));
@@ -89,16 +93,17 @@ mod tests {
 
     #[test]
     fn a_gpu_gives_what_its_share_leaves() {
-        let memory = GpuMemory { free: 70 << 30, total: 80 << 30, activations: 2 << 30 };
+        let memory = GpuMemory { free: 70 << 30, total: 80 << 30, activations: 1 << 30, training: 1 << 30 };
         let of = |kv_tokens, kv_memory_mib, memory| {
             pages(&EngineConfig { kv_tokens, kv_memory_mib, ..EngineConfig::default() }, 1 << 20, Some(memory))
         };
-        // 70 GiB less the tenth of 80 that is kept and 2 for activations.
+        // 70 GiB less the tenth of 80 that is kept and 2 for activations and training.
         assert_eq!(of(0, 0, memory).unwrap(), 60 << 10);
         assert_eq!(of(32, 0, memory).unwrap(), 2);
         assert_eq!(of(0, 5, memory).unwrap(), 5);
         let e = of(0, 61 << 10, memory).unwrap_err().to_string();
         assert!(e.contains("62464 MiB") && e.contains("has 61440 MiB") && e.contains("0.9"), "{e}");
+        assert!(e.contains("1024 MiB for training (training.activation_mib"), "{e}");
         let e = of(0, 0, GpuMemory { free: 9 << 30, ..memory }).unwrap_err().to_string();
         assert!(e.contains("1 MiB") && e.contains("has 0 MiB"), "{e}");
     }

@@ -74,8 +74,8 @@ impl Worker {
     ) -> Result<Self> {
         let info = model.info();
         let gpu = model.gpu_memory(config.max_batch_tokens)?;
-        let guest_bytes = guest.as_ref().map_or(0, |guest| guest.device_bytes);
-        let gpu = gpu.map(|(free, total, step)| capacity::GpuMemory { free, total, activations: step + guest_bytes });
+        let training = guest.as_ref().map_or(0, |guest| guest.device_bytes);
+        let gpu = gpu.map(|(free, total, activations)| capacity::GpuMemory { free, total, activations, training });
         let pages = capacity::pages(config, model.page_bytes(), gpu)?;
         let (max_model_len, encoder) = (info.max_model_len, info.encoder);
         let shared = Arc::new(Shared::new(info, pages * PAGE_TOKENS));

@@ -64,8 +64,6 @@ pub(super) fn machine(options: LoadOptions) -> Result<Arc<Machine>> {
             }
         },
         Device::Auto => Ok(Machine::new(options.threads)),
-        #[cfg(feature = "emulate")]
-        Device::Emulated => on(Gpu::emulated(0)),
     }
 }
 

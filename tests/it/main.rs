@@ -6,6 +6,8 @@ mod bad_input;
 mod bench;
 mod candle_peer;
 mod chat;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod drain;
 mod fuzz;
 mod gguf;

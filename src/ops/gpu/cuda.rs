@@ -16,6 +16,7 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, bail};
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 // The compiled kernels: `KERNELS: &[(file, fatbin)]`, one for each file of `kernels/`.
@@ -49,6 +50,10 @@ impl Cuda {
     /// # Errors
     /// If there is no driver or no such device, or if the kernels are for others.
     pub fn new(index: usize) -> Result<Self> {
+        Self::open(index).map_err(without_trace)
+    }
+
+    fn open(index: usize) -> Result<Self> {
         // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
         let device = CudaDevice::new_with_stream(index).map_err(|e| {
             let needs = "needs the NVIDIA driver (libcuda.so.1), libcublas.so.13 and libcurand.so.10, found by the loader (LD_LIBRARY_PATH)";
@@ -105,10 +110,14 @@ impl Cuda {
         let stream = self.device.cuda_stream();
         // Of this thread alone: others may ask the driver for memory meanwhile.
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
-        let worked = work();
-        // Also where that failed: else the stream would go on recording.
+        // A panic too must not leave the stream recording.
+        let worked = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| bail!("what was recorded panicked"));
+        // What failed while memory was given back is kept for the next call, which would then do nothing.
+        let dropped = stream.context().check_err().w();
+        // Also where the work failed: else the stream would go on recording.
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).w();
         worked?;
+        dropped?;
         match graph? {
             Some(graph) => Ok(Recorded(graph)),
             None => bail!("nothing was recorded"),

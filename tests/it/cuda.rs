@@ -1,0 +1,71 @@
+//! A build for CUDA on a machine without a GPU: with no driver, and with the one that stands in (`scripts/cuda-stand-in.sh`).
+use std::process::Command;
+
+/// `prefixd bench` of 6 requests: whether it ended well, and all it wrote.
+fn bench(args: &[&str], variables: &[(&str, &str)]) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prefixd"));
+    command.args("bench --num-requests 6 --num-adapters 2 --prefix-len 5 --prompt-len 7 --output-len 6 --warmup 0 --concurrency 3".split(' '));
+    for (name, _) in std::env::vars_os() {
+        // Those of the tests are no settings of a server.
+        if name.to_string_lossy().starts_with("PREFIXD_") {
+            command.env_remove(name);
+        }
+    }
+    command.args(args).env("PREFIXD_LOG", "warn").env("RUST_BACKTRACE", "1").envs(variables.iter().copied());
+    let output = command.output().unwrap();
+    let text = [output.stderr, output.stdout].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    (output.status.success(), text)
+}
+
+/// The same on the driver that stands in; `None`, with the reason printed, without it.
+fn bench_there(args: &[&str], variables: &[(&str, &str)]) -> Option<(bool, String)> {
+    if std::env::var_os("CUDA_STAND_IN").is_none() {
+        println!("skipped: no driver stands in (scripts/cuda-stand-in.sh)");
+        return None;
+    }
+    Some(bench(&[&["--device", "cuda:0"], args].concat(), variables))
+}
+
+#[test]
+fn cuda_without_a_driver_is_refused_or_the_cpu_serves() {
+    let nowhere = [("LD_LIBRARY_PATH", "")];
+    if bench(&["--device", "cuda:0"], &nowhere).0 {
+        println!("skipped: this machine has a GPU");
+        return;
+    }
+    let (well, text) = bench(&["--device", "auto"], &nowhere);
+    assert!(well && text.contains("6 completed, none failed"), "{text}");
+    assert_eq!(text.matches("no CUDA device").count(), 1, "{text}");
+    let (well, text) = bench(&["--device", "cuda:0"], &nowhere);
+    assert!(!well && text.contains("`device` is cuda:0") && text.contains("needs the NVIDIA driver"), "{text}");
+    assert!(!text.contains("stack backtrace") && !text.contains(" at ./"), "{text}");
+}
+
+#[test]
+fn cuda_says_what_a_device_has_no_memory_for() {
+    for mib in ["16", "33", "36"] {
+        let Some((well, text)) = bench_there(&[], &[("CUDA_STAND_IN_MIB", mib)]) else { return };
+        assert!(!well && text.contains("OUT_OF_MEMORY"), "{mib}: {text}");
+        assert!(!text.contains(" at ./"), "{mib}: {text}");
+    }
+    let (well, text) = bench_there(&[], &[("CUDA_STAND_IN_MIB", "2048")]).unwrap();
+    assert!(!well && text.contains("of 2048 MiB are free") && text.contains("training.activation_mib"), "{text}");
+}
+
+#[test]
+fn cuda_steps_that_cannot_be_recorded_are_launched_one_by_one() {
+    let kv = ["--kv-tokens", "1024"];
+    let Some((well, text)) = bench_there(&kv, &[]) else { return };
+    assert!(well && text.contains("6 completed, none failed") && !text.contains("cannot be recorded"), "{text}");
+    let (well, text) = bench_there(&kv, &[("CUDA_STAND_IN_REFUSE", "graph")]).unwrap();
+    assert!(well && text.contains("6 completed, none failed") && text.contains("cannot be recorded"), "{text}");
+}
+
+#[test]
+fn cuda_without_memory_for_a_step_ends_the_requests_of_that_step() {
+    // The adapters are compiled by then.
+    let refuse = [("CUDA_STAND_IN_REFUSE", "memory:600")];
+    let Some((well, text)) = bench_there(&["--kv-tokens", "1024", "--enforce-eager"], &refuse) else { return };
+    assert!(well && text.matches("step failed").count() == 1 && text.contains("no memory left"), "{text}");
+    assert!(text.contains("3 completed, 3 failed (3 RESOURCE_EXHAUSTED)"), "{text}");
+}
