@@ -6,7 +6,7 @@
 //!
 //! | layer | modules | own |
 //! |---|---|---|
-//! | 0 | [`error`], [`config`], [`telemetry`] | error policy; validated settings; logs and metric names |
+//! | 0 | [`error`], [`config`], [`telemetry`], [`blocking`] | error policy; validated settings; logs and metric names; threads that may block |
 //! | 1 | [`ops`] | every tensor op of the decoder, and all `unsafe` |
 //! | 2 | [`kv`], [`adapter`], [`tokenizer`] | KV pages; adapter formats, store and registry; text and ids |
 //! | 3 | [`model`] | one decoder for all families |
@@ -19,6 +19,7 @@
 //! [`rpc::inference`] (a request's way in) and [`engine`] (what becomes of it).
 pub mod adapter;
 pub mod bench;
+pub mod blocking;
 pub mod cli;
 pub mod config;
 pub mod engine;

@@ -17,6 +17,7 @@ mod training;
 mod watching;
 
 use crate::adapter::{AdapterId, Registry, Store};
+use crate::blocking;
 use crate::config::Config;
 use crate::engine::loader::{AdapterLoader, LoadedAll, Parts};
 use crate::engine::{Engine, EngineHandle};
@@ -103,7 +104,7 @@ impl Server {
         let chat_template = model.chat_template().clone();
         let engine_config = config.engine.clone();
         let (bench, guest) = training::bench(&model, &config.training);
-        let engine = blocking(move || Engine::start_with(model, &engine_config, Some(guest))).await?;
+        let engine = blocking::run("start", move || Engine::start_with(model, &engine_config, Some(guest))).await?;
 
         let (store, shipped) = open_store(&config).await?;
         let registry = Registry::new(config.limits.max_adapters);
@@ -139,7 +140,7 @@ impl Server {
         let training = {
             let (loader, config) = (loader.clone(), config.clone());
             let (inference, drain) = (inference.clone(), drain.clone());
-            blocking(move || training::service(bench, &config, loader, inference, drain)).await?
+            blocking::run("start", move || training::service(bench, &config, loader, inference, drain)).await?
         };
         let services = Services {
             inference,
@@ -213,7 +214,7 @@ impl Server {
         let served = drained.serve(http2(), routes, incoming, stop).await;
         let lost = running.has_ended();
         // Joins a thread: not for the runtime's own.
-        blocking(move || {
+        blocking::run("start", move || {
             drop(engine);
             Ok(())
         })
@@ -244,13 +245,13 @@ async fn load_model(config: &Config) -> Result<Model> {
         kv_cache_dtype: config.engine.kv_cache_dtype,
         enforce_eager: config.engine.enforce_eager,
     };
-    blocking(move || Model::load(&source::resolve(&name)?, options)).await
+    blocking::run("start", move || Model::load(&source::resolve(&name)?, options)).await
 }
 
 /// The configured store, or the shipped adapters in a folder of their own.
 async fn open_store(config: &Config) -> Result<(Store, Option<TempDir>)> {
     let (dir, max_bytes) = (config.adapters.clone(), config.limits.max_adapter_bytes);
-    blocking(move || match dir {
+    blocking::run("start", move || match dir {
         Some(dir) => Ok((Store::open(&dir)?.with_max_bytes(max_bytes), None)),
         None => {
             let folder = tempfile::Builder::new().prefix("prefixd-adapters-").tempdir();
@@ -294,9 +295,4 @@ fn facts(info: &ModelInfo, config: &Config, engine: &EngineHandle) -> proto::Get
             max_adapters: config.limits.max_adapters as u32,
         }),
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| Err(Error::internal(format!("start: {e}"))))
 }

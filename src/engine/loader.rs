@@ -7,6 +7,7 @@ use crate::adapter::{
     Adapter, AdapterId, BaseShape, Digest, Generation, Loaded, Prefix, Registry, Staging, State, Store, Ticket,
     load_folder,
 };
+use crate::blocking;
 use crate::error::{Error, Kind, Result};
 use crate::telemetry::name;
 use crate::tokenizer::Tokenizer;
@@ -120,7 +121,7 @@ impl AdapterLoader {
     /// When the store cannot be listed.
     pub async fn load_all(&self, mut progress: impl FnMut(&AdapterId, &Result<Arc<Adapter>>)) -> Result<LoadedAll> {
         let store = self.store().clone();
-        let ids = blocking(move || store.ids()).await?;
+        let ids = blocking::run("adapter load", move || store.ids()).await?;
         let mut all = LoadedAll::default();
         for id in ids {
             // Once a prefix had to leave for another, compiling the rest would only push out more.
@@ -139,7 +140,7 @@ impl AdapterLoader {
     /// Loads `id` again if its files are not those that serve: for a change made by hand.
     pub async fn refresh(&self, id: &AdapterId) -> Result<()> {
         let (store, folder) = (self.store().clone(), id.clone());
-        let files = blocking(move || store.read(&folder, |dir| Ok(fingerprint(dir)))).await?;
+        let files = blocking::run("adapter load", move || store.read(&folder, |dir| Ok(fingerprint(dir)))).await?;
         let known = self.inner.known.get(id).map(|known| known.value().clone()).unwrap_or_default();
         if known.files == files {
             return Ok(());
@@ -178,7 +179,7 @@ impl AdapterLoader {
         }
         if delete {
             let (store, folder) = (self.store().clone(), id.clone());
-            match blocking(move || store.remove(&folder)).await {
+            match blocking::run("adapter load", move || store.remove(&folder)).await {
                 // It was in service alone, or someone deleted it by hand.
                 Err(e) if e.kind() == Kind::NotFound && removed.is_some() => {}
                 deleted => deleted?,
@@ -191,10 +192,10 @@ impl AdapterLoader {
         let started = Instant::now();
         let (store, folder) = (self.store().clone(), id.clone());
         // Before a generation is given out: a typing mistake leaves no trace in the registry.
-        blocking(move || store.read(&folder, |_| Ok(()))).await?;
+        blocking::run("adapter load", move || store.read(&folder, |_| Ok(()))).await?;
         let ticket = self.registry().begin_load(id)?;
         let (this, folder) = (self.clone(), id.clone());
-        let read = blocking(move || this.store().read(&folder, |dir| this.read(dir)));
+        let read = blocking::run("adapter load", move || this.store().read(&folder, |dir| this.read(dir)));
         let ready = async {
             let _permit = self.permit().await?;
             let (loaded, files) = read.await?;
@@ -212,7 +213,7 @@ impl AdapterLoader {
         let _permit = self.permit().await?;
         let this = self.clone();
         // Checked before it counts as a load: a bad upload leaves no trace at all.
-        let (staging, loaded) = blocking(move || match this.read(staging.dir()) {
+        let (staging, loaded) = blocking::run("adapter load", move || match this.read(staging.dir()) {
             Ok((loaded, _)) => Ok((staging, loaded)),
             // What is missing from an upload is the uploader's to add.
             Err(e) if e.kind() == Kind::NotFound => Err(Error::new(Kind::InvalidArgument, e.to_string())),
@@ -224,7 +225,7 @@ impl AdapterLoader {
             return Err(failed(ticket, e));
         }
         let this = self.clone();
-        blocking(move || this.name_and_serve(ticket, staging, loaded, pinned, started)).await
+        blocking::run("adapter load", move || this.name_and_serve(ticket, staging, loaded, pinned, started)).await
     }
 
     /// Gives an upload its name on disk and in the registry, unless a later load got there first. Blocks.
@@ -331,12 +332,6 @@ fn fingerprint(dir: &Path) -> Fingerprint {
         .collect();
     files.sort();
     files
-}
-
-/// Runs `work` where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| Err(Error::internal(format!("adapter load: {e}"))))
 }
 
 /// Runs `work` to its end even when the caller goes away.

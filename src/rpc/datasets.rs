@@ -2,6 +2,7 @@
 use super::convert;
 use super::proto::{self, upload_dataset_request::Part};
 use crate::adapter::AdapterId;
+use crate::blocking;
 use crate::error::{Context, Error, Kind, Result};
 use crate::training::dataset::{self, Record};
 use std::io::Write;
@@ -42,7 +43,7 @@ impl Datasets {
             Some(Source::DatasetId(name)) => {
                 let (path, max) = (self.path(&name)?, self.max_bytes);
                 let examples = self.max_examples;
-                blocking(move || {
+                blocking::run("dataset", move || {
                     let meta = path.metadata().ok().filter(|m| m.is_file());
                     let meta = meta.ok_or_else(|| Error::not_found(format!("dataset `{name}` is not there")))?;
                     if meta.len() > max {
@@ -78,7 +79,7 @@ impl Datasets {
             text.extend_from_slice(&chunk);
         }
         let max = self.max_examples;
-        blocking(move || {
+        blocking::run("dataset", move || {
             let text = String::from_utf8(text).or_kind(Kind::InvalidArgument, "`chunk`")?;
             let examples = dataset::parse(&text, max)?.len() as u32;
             write(&dir, &path, text.as_bytes()).map_err(|e| match e.kind() {
@@ -123,9 +124,4 @@ async fn next(parts: &mut Streaming<proto::UploadDatasetRequest>) -> Result<Opti
         Some(proto::UploadDatasetRequest { part: Some(part) }) => Ok(Some(part)),
         Some(_) => Err(Error::invalid("part", "missing", "give `dataset_id` or `chunk`")),
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| Err(Error::internal(format!("dataset: {e}"))))
 }

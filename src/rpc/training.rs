@@ -6,6 +6,7 @@ use super::drain::Drain;
 use super::evaluate::Evaluator;
 use super::proto::{self, training_service_server::TrainingService};
 use crate::adapter::AdapterId;
+use crate::blocking;
 use crate::engine::loader::AdapterLoader;
 use crate::error::{Error, Kind, Result};
 use crate::training::jobs::{JobStatus, Jobs, NewJob};
@@ -100,7 +101,7 @@ impl TrainingService for Training {
         let job = match self.jobs() {
             Ok(jobs) => {
                 let jobs = jobs.clone();
-                blocking(move || jobs.cancel(&id)).await
+                blocking::run("training", move || jobs.cancel(&id)).await
             }
             Err(e) => Err(e),
         };
@@ -186,7 +187,7 @@ impl Training {
         };
         let (card, load, pinned) = (message.task_card, message.load, message.pinned);
         let new = NewJob { adapter_id, settings, card, load, pinned, data, evaluation };
-        blocking(move || jobs.create(new)).await
+        blocking::run("training", move || jobs.create(new)).await
     }
 
     /// The token of a page is the last job of the page before.
@@ -207,9 +208,4 @@ impl Training {
             next_page_token: next.unwrap_or_default(),
         })
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| Err(Error::internal(format!("training: {e}"))))
 }

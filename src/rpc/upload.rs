@@ -5,6 +5,7 @@
 use super::convert;
 use super::proto::{self, upload_adapter_request::Part};
 use crate::adapter::{Adapter, AdapterId, Staging};
+use crate::blocking;
 use crate::engine::loader::AdapterLoader;
 use crate::error::{Error, Kind, Result};
 use std::sync::Arc;
@@ -54,7 +55,7 @@ impl Uploads {
             return Err(Error::new(Kind::AlreadyExists, message));
         }
         let (store, folder) = (loader.store().clone(), id.clone());
-        let mut staging = blocking(move || store.stage(&folder)).await?;
+        let mut staging = blocking::run("upload", move || store.stage(&folder)).await?;
         while let Some(part) = next(&mut parts).await? {
             let Part::Chunk(chunk) = part else {
                 return Err(Error::invalid("part", "a second header", "only `chunk` may follow the header"));
@@ -66,7 +67,7 @@ impl Uploads {
 }
 
 async fn append(mut staging: Staging, chunk: proto::FileChunk) -> Result<Staging> {
-    blocking(move || staging.append(&chunk.name, &chunk.data).map(|()| staging)).await
+    blocking::run("upload", move || staging.append(&chunk.name, &chunk.data).map(|()| staging)).await
 }
 
 /// The next part; `None` at the end of the stream.
@@ -84,11 +85,6 @@ async fn next(parts: &mut Streaming<proto::UploadAdapterRequest>) -> Result<Opti
 
 fn exists(loader: &AdapterLoader, id: &AdapterId) -> bool {
     loader.store().contains(id) || loader.registry().resolve(id).is_ok()
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| Err(Error::internal(format!("upload: {e}"))))
 }
 
 /// The client's side of it: the messages of an upload.

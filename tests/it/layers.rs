@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 
 const LAYERS: &[(&str, usize)] = &[
     ("error", 0),
+    ("blocking", 0),
     ("config", 0),
     ("telemetry", 0),
     ("ops", 1),

@@ -1,6 +1,7 @@
 //! From a prompt to rows: template, tokenizer, virtual tokens.
 use super::{Admission, Input, Who};
 use crate::adapter::{InputRow, Piece};
+use crate::blocking;
 use crate::error::{Error, Result};
 use crate::rpc::convert::{self, Chat, Prompt};
 
@@ -108,7 +109,6 @@ impl Admission {
     async fn aside<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
         // Never closed while `self` lives.
         let _permit = self.large_texts.acquire().await.map_err(|e| Error::internal(format!("tokenizer: {e}")))?;
-        let done = tokio::task::spawn_blocking(work).await;
-        done.map_err(|e| Error::internal(format!("tokenizer: {e}")))?
+        blocking::run("tokenizer", work).await
     }
 }
