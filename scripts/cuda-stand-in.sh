@@ -9,9 +9,10 @@
 # of the device (8192), CUDA_STAND_IN_REFUSE=graph has it refuse recordings, memory:N the N-th piece of memory.
 set -euo pipefail
 dest=${1:?usage: scripts/cuda-stand-in.sh DEST}
-cd "$(dirname "$0")/.."
 mkdir -p "$dest"/{bin,lib64,driver,objects}
 dest=$(realpath "$dest")
+cd "$(dirname "$0")/.."
+rm -f "$dest"/objects/*.o
 ln -sf "$PWD/scripts/cuda/nvcc-stand-in" "$dest/bin/nvcc"
 python3 scripts/cuda/lazy_libraries.py "$dest/lib64" scripts/cuda/symbols/*.syms
 printf '!<arch>\n' > "$dest/lib64/libcudart.a"
@@ -24,7 +25,8 @@ printf '%s\n' kernels/*.cu scripts/cuda/driver/*.cpp | xargs -P "$(nproc)" -I{} 
 ${CXX:-g++} -shared -o "$dest/driver/libcuda.so.1" "$dest"/objects/*.o
 ln -sf libcuda.so.1 "$dest/driver/libcublas.so.13"
 ln -sf libcuda.so.1 "$dest/driver/libcurand.so.10"
+# A compute capability of its own: candle-kernels' build takes what lies in target/ for that of any nvcc.
 cat > "$dest/env" << ENV
-export PATH="$dest/bin:\$PATH" NVCC=nvcc CUDA_HOME="$dest" CUDA_PATH="$dest" CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13000
+export PATH="$dest/bin:\$PATH" NVCC=nvcc CUDA_HOME="$dest" CUDA_PATH="$dest" CUDA_COMPUTE_CAP=86 CUDARC_CUDA_VERSION=13000
 export CUDA_STAND_IN=1 LD_LIBRARY_PATH="$dest/driver\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 ENV

@@ -114,7 +114,7 @@ impl EngineHandle {
     /// Compiles `prefix` into KV pages now; returns once it is resident. `pinned` keeps it there for good.
     ///
     /// # Errors
-    /// `ResourceExhausted` when it can never fit, `Internal` when the model fails on it.
+    /// `ResourceExhausted` when it can never fit or the GPU has no memory left, `Internal` when the model fails on it.
     pub async fn prepare(&self, prefix: Arc<Prefix>, pinned: bool) -> Result<()> {
         let (done, ready) = oneshot::channel();
         self.send(Command::Prepare { prefix, pinned, done })?;

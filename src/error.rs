@@ -26,7 +26,7 @@ pub enum Kind {
     AlreadyExists,
     /// The adapter does not fit this base model, or the generation is another one.
     FailedPrecondition,
-    /// Queue, quota or KV pool is full; see [`Error::retry_after`].
+    /// Queue, quota, KV pool or the memory of a GPU is full; see [`Error::retry_after`].
     ResourceExhausted,
     /// The request's deadline passed.
     DeadlineExceeded,

@@ -12,7 +12,7 @@ mod weights;
 
 use crate::adapter::{BaseShape, Head};
 use crate::config::{Device, DtypeChoice, KvCacheDtype, Quantize};
-use crate::error::{Context, Error, Kind, Result, without_trace};
+use crate::error::{Context, Error, Kind, Result};
 use crate::kv::{KvPool, PageId, pages_for};
 use crate::ops::Machine;
 use crate::ops::Pool;
@@ -228,8 +228,12 @@ impl Model {
     /// `InvalidArgument` if that is too many.
     pub fn sampling(&self, rows: usize) -> Result<Option<Sampling>> {
         let Some((gpu, sampled)) = self.gpu().zip(self.decoder.sampled()) else { return Ok(None) };
-        let new = Sampling::new(gpu, sampled, rows);
-        new.map(Some).map_err(|e| Error::invalid("engine.max_sequences", rows, without_trace(e)))
+        let most = Sampling::most(sampled);
+        if rows > most {
+            let rule = format!("at most {most} can be sampled on a GPU");
+            return Err(Error::invalid("engine.max_sequences", rows, rule));
+        }
+        Ok(Some(Sampling::new(gpu, sampled, rows)?))
     }
 
     /// Waits until a GPU has done what it was given.

@@ -214,7 +214,7 @@ impl Server {
         let served = drained.serve(http2(), routes, incoming, stop).await;
         let lost = running.has_ended();
         // Joins a thread: not for the runtime's own.
-        blocking::run("start", move || {
+        blocking::run("stop", move || {
             drop(engine);
             Ok(())
         })

@@ -31,7 +31,7 @@ pub struct GpuMemory {
 pub fn pages(config: &EngineConfig, page_bytes: usize, gpu: Option<GpuMemory>) -> Result<usize> {
     let budget = gpu.map(|m| {
         let kept = (m.total as f64 * (1.0 - config.gpu_memory_utilization)) as usize;
-        m.free.saturating_sub(kept + m.activations + m.training)
+        m.free.saturating_sub(kept).saturating_sub(m.activations).saturating_sub(m.training)
     });
     let pages = match (config.kv_tokens, config.kv_memory_mib, budget) {
         (0, 0, Some(budget)) => budget / page_bytes,

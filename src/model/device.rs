@@ -2,7 +2,7 @@
 use super::LoadOptions;
 use super::config::ModelConfig;
 use crate::config::{Device, KvCacheDtype, Quantize};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ops::Machine;
 use crate::ops::gpu::Gpu;
 use crate::ops::sample::device::MOST_TOKENS;
@@ -54,7 +54,10 @@ pub(super) fn machine(options: LoadOptions) -> Result<Arc<Machine>> {
         Device::Cpu => Ok(Machine::new(options.threads)),
         Device::Cuda(index) => match Gpu::cuda(index) {
             Ok(gpu) => on(gpu),
-            Err(e) => Err(Error::precondition(format!("`device` is cuda:{index}: {e}; use `cpu` or `auto`"))),
+            Err(e) => Err(match Error::from(e) {
+                full if full.kind() == Kind::ResourceExhausted => full.context(format!("`device` is cuda:{index}")),
+                e => Error::precondition(format!("`device` is cuda:{index}: {e}; use `cpu` or `auto`")),
+            }),
         },
         Device::Auto if cfg!(feature = "cuda") && options.quantize == Quantize::None => match Gpu::cuda(0) {
             Ok(gpu) => on(gpu),

@@ -29,11 +29,11 @@ pub(super) fn bench(model: &Model, config: &TrainingConfig) -> (Bench, Guest) {
     let events = channel();
     let bounds = Bounds {
         batch_rows: config.batch_rows,
-        activation_bytes: config.activation_mib << 20,
+        activation_bytes: config.activation_mib.saturating_mul(1 << 20),
         checkpoint_every: Duration::from_secs(config.checkpoint_seconds),
     };
     // What is kept, a layer of the largest batch, and the inputs of all layers, which are no more than that.
-    let device_bytes = bounds.activation_bytes + 2 * (config.batch_mib << 20);
+    let device_bytes = bounds.activation_bytes.saturating_add(config.batch_mib.saturating_mul(2 << 20));
     let trainer = Trainer::new(inbox, events.0.clone(), bounds);
     let base = Base {
         shape: model.shape(),

@@ -45,8 +45,8 @@ fn cuda_without_a_driver_is_refused_or_the_cpu_serves() {
 fn cuda_says_what_a_device_has_no_memory_for() {
     for mib in ["16", "33", "36"] {
         let Some((well, text)) = bench_there(&[], &[("CUDA_STAND_IN_MIB", mib)]) else { return };
-        assert!(!well && text.contains("OUT_OF_MEMORY"), "{mib}: {text}");
-        assert!(!text.contains(" at ./"), "{mib}: {text}");
+        assert!(!well && text.contains("the GPU has no memory left for this"), "{mib}: {text}");
+        assert!(!text.contains("needs the NVIDIA driver") && !text.contains(" at ./"), "{mib}: {text}");
     }
     let (well, text) = bench_there(&[], &[("CUDA_STAND_IN_MIB", "2048")]).unwrap();
     assert!(!well && text.contains("of 2048 MiB are free") && text.contains("training.activation_mib"), "{text}");

@@ -40,7 +40,7 @@ API cublasGemmStridedBatchedEx(void* handle, int turn_a, int turn_b, int m, int 
     // 68: CUBLAS_COMPUTE_32F, whose scalars are f32.
     if (!sizes || !known(type_a) || type_a != type_b || !known(type_c) || compute != 68) return the().complain(7, "a product that cuBLAS refuses");
     const float x = *static_cast<const float*>(alpha), y = *static_cast<const float*>(beta);
-    return the().put(static_cast<Handle*>(handle)->stream, [=] {
+    const int status = the().put(static_cast<Handle*>(handle)->stream, [=] {
         for (int64_t i = 0; i < many; i++)
             for (int64_t column = 0; column < n; column++)
                 for (int64_t row = 0; row < m; row++) {
@@ -52,6 +52,8 @@ API cublasGemmStridedBatchedEx(void* handle, int turn_a, int turn_b, int m, int 
                     store(type_c, c, at, x * sum + (y != 0 ? y * load(type_c, c, at) : 0));
                 }
     });
+    // Its codes are its own: CUBLAS_STATUS_EXECUTION_FAILED.
+    return status ? 13 : 0;
 }
 API cublasGemmEx(void* handle, int turn_a, int turn_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda, const void* b, int type_b,
                  int ldb, const void* beta, void* c, int type_c, int ldc, int compute, int algorithm) {

@@ -2,10 +2,7 @@
 
 #include <sys/mman.h>
 
-#include <chrono>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -122,16 +119,13 @@ int Device::drain_all() {
     return SUCCESS;
 }
 
-int Device::put(Stream* stream, Work work, uint64_t allocates, uint64_t frees) {
+int Device::put(Stream* stream, Work work) {
     if (failed) return failed;
     if (stream->recording) {
         if (stream->broken) return CAPTURE_INVALIDATED;
         if (stream->thread != this_thread()) return complain(INVALID_VALUE, "work of another thread would get into a graph");
-        if (refuse == "graph" && stream->recording->nodes.size() == 20) {
-            stream->broken = true;
-            return complain(CAPTURE_UNSUPPORTED, "as asked");
-        }
-        stream->recording->nodes.push_back({std::move(work), allocates, frees});
+        if (refuse == "graph" && stream->recording->nodes.size() == 20) return refuse_recording(stream, CAPTURE_UNSUPPORTED, "as asked");
+        stream->recording->nodes.push_back(std::move(work));
         return SUCCESS;
     }
     stream->queue.push_back(std::move(work));
@@ -142,9 +136,13 @@ int Device::put(Stream* stream, Work work, uint64_t allocates, uint64_t frees) {
 int Device::refuse_while_recording(const char* call) {
     for (auto* stream : streams) {
         if (!stream->recording || stream->thread != this_thread()) continue;
-        stream->broken = true;
-        return complain(CAPTURE_UNSUPPORTED, std::string(call) + " while its thread records a graph");
+        return refuse_recording(stream, CAPTURE_UNSUPPORTED, std::string(call) + " while its thread records a graph");
     }
     return SUCCESS;
+}
+
+int Device::refuse_recording(Stream* stream, int status, const std::string& why) {
+    stream->broken = true;
+    return complain(status, why);
 }
 }  // namespace device

@@ -1,8 +1,8 @@
 // The device of the stand-in driver: memory, streams, events and recorded graphs, without the names that libcuda gives them.
 //
-// Work runs when somebody waits for it and not before, so a copy from memory that has changed meanwhile, a buffer that was freed too
-// early and a missing wait give wrong results every time, where a GPU gives them now and then. Device memory can be touched by work
-// alone, and holds NaN until something is written to it.
+// Work runs when somebody waits for it and not before (but for who asks a thousand times whether it is done, and streams that end), so
+// a copy from memory that has changed meanwhile, a buffer that was freed too early and a missing wait give wrong results every time, where a
+// GPU gives them now and then. Device memory holds NaN until something is written to it. It is closed to all but work after every 16th wait.
 #pragma once
 #include <condition_variable>
 #include <cstddef>
@@ -24,15 +24,12 @@ enum Status {
 
 using Work = std::function<void()>;
 
-// One piece of a recorded graph.
-struct Node {
-    Work run;
-    uint64_t allocates = 0, frees = 0;
-};
+struct Stream;
 struct Graph {
-    std::vector<Node> nodes;
-    std::map<uint64_t, size_t> memory;  // what its nodes allocate: the same addresses at every launch
-    std::set<uint64_t> kept;            // of it, what they do not free
+    std::vector<Work> nodes;
+    std::set<uint64_t> memory;  // what its nodes allocate: the same addresses at every launch
+    std::set<uint64_t> kept;    // of it, what they do not free
+    Stream* launched = nullptr;
 };
 struct Stream {
     std::deque<Work> queue;
@@ -40,7 +37,6 @@ struct Stream {
     Graph* recording = nullptr;
     bool broken = false;   // the recording
     bool working = false;  // a thread runs its queue
-    std::string reason;
     // Of the thread that records.
     const void* thread = nullptr;
 };
@@ -70,7 +66,6 @@ struct Device {
     std::map<uint64_t, size_t> live;         // memory that a caller may name now
     std::map<uint64_t, size_t> page_locked;  // of the host
     std::map<uint64_t, int> in_flight;       // copies from or to page-locked memory that have not run
-    std::set<uint64_t> outstanding;          // of graphs that were launched and keep memory
 
     // Takes an address for `bytes`, or 0. `give` puts it back.
     uint64_t take(size_t bytes);
@@ -86,9 +81,11 @@ struct Device {
     int drain(Stream* stream, uint64_t upto);
     int drain_all();
     // Puts work at the end of the stream, or of what it records.
-    int put(Stream* stream, Work work, uint64_t allocates = 0, uint64_t frees = 0);
+    int put(Stream* stream, Work work);
     // What the calling thread may not do while it records.
     int refuse_while_recording(const char* call);
+    // Makes the recording worthless, and says why.
+    int refuse_recording(Stream* stream, int status, const std::string& why);
     int complain(int status, const std::string& why);
 
   private:

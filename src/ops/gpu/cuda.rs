@@ -56,6 +56,9 @@ impl Cuda {
     fn open(index: usize) -> Result<Self> {
         // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
         let device = CudaDevice::new_with_stream(index).map_err(|e| {
+            if e.to_string().contains("OUT_OF_MEMORY") {
+                return e;
+            }
             let needs = "needs the NVIDIA driver (libcuda.so.1), libcublas.so.13 and libcurand.so.10, found by the loader (LD_LIBRARY_PATH)";
             candle_core::Error::Msg(format!("{}; a build for CUDA {needs}", without_trace(e)))
         })?;

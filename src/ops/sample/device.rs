@@ -220,15 +220,16 @@ pub struct Scores {
 }
 
 impl Sampling {
-    /// For steps of up to `rows` tokens, which go to `before` when a step has ended.
+    /// Tokens that `before` has room for.
+    pub fn most(before: &Buffer) -> usize {
+        before.bytes() / size_of::<u32>()
+    }
+
+    /// For steps of about `rows` tokens, of which [`Sampling::most`] go to `before` when a step has ended.
     ///
     /// # Errors
-    /// If they have no room there.
+    /// When the device has no memory for it.
     pub fn new(gpu: &Gpu, before: &Arc<Buffer>, rows: usize) -> Result<Self> {
-        let most = before.bytes() / size_of::<u32>();
-        if rows > most {
-            bail!("a step of {rows} sequences, at most {most} can be sampled on a GPU");
-        }
         let room = |bytes: usize| Ok::<_, candle_core::Error>(Arc::new(Buffer::poisoned(gpu, bytes)?));
         Ok(Sampling {
             gpu: gpu.clone(),
