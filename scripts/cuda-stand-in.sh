@@ -18,7 +18,7 @@ python3 scripts/cuda/lazy_libraries.py "$dest/lib64" scripts/cuda/symbols/*.syms
 printf '!<arch>\n' > "$dest/lib64/libcudart.a"
 mapfile -t flags < <(grep -v "^#" kernels/cpu/flags)
 compile() {
-    ${CXX:-g++} -O2 -fPIC -fvisibility=hidden -Ikernels -Ikernels/cpu -Iscripts/cuda/driver "${@:3}" -c "$2" -o "$1/$(basename "$2").o"
+    ${CXX:-g++} -O2 -fPIC -mtls-dialect=gnu2 -fvisibility=hidden -Ikernels -Ikernels/cpu -Iscripts/cuda/driver "${@:3}" -c "$2" -o "$1/$(basename "$2").o"
 }
 export -f compile
 printf '%s\n' kernels/*.cu scripts/cuda/driver/*.cpp | xargs -P "$(nproc)" -I{} bash -c 'compile "$@"' _ "$dest/objects" {} "${flags[@]}"
