@@ -1,4 +1,4 @@
-// What the calls of libcuda have in common.
+// What the calls of the libraries have in common.
 #pragma once
 #include <string>
 

@@ -17,10 +17,9 @@ void forget(Graph* graph) {
         Lock guard(the().lock);
         for (const uint64_t address : memory) the().live.erase(address), the().give(address);
     };
-    if (auto* stream = graph->launched; the().streams.count(stream)) {
+    if (the().streams.count(graph->launched)) {
         // Not by `put`: the stream may record another graph now.
-        stream->queue.push_back(give);
-        stream->given++;
+        the().append(graph->launched, give);
     } else {
         give();
     }
@@ -29,7 +28,6 @@ void forget(Graph* graph) {
 }
 }  // namespace
 
-// Kernels
 API cuModuleLoadData(void** out, const void*) {
     ENTER;
     TRY(the().refuse_while_recording("cuModuleLoadData"));

@@ -1,9 +1,7 @@
 // cuBLAS and cuRAND, as far as they are called: products by their formula, sums in f32, on the handle's stream.
-#include "stream.h"
-
+#include "api.h"
 #include "cuda_cpu.h"
 
-using namespace device;
 namespace {
 struct Handle {
     Stream* stream = nullptr;
@@ -22,12 +20,11 @@ void store(int type, void* p, int64_t at, float v) {
 bool known(int type) { return type == F32 || type == F16 || type == BF16; }
 }  // namespace
 
-#define API extern "C" __attribute__((visibility("default"))) int
 API cublasCreate_v2(void** out) { return *out = new Handle, 0; }
 API cublasDestroy_v2(void* handle) { return delete static_cast<Handle*>(handle), 0; }
 API cublasSetStream_v2(void* handle, void* stream) { return static_cast<Handle*>(handle)->stream = static_cast<Stream*>(stream), 0; }
 API cublasSetWorkspace_v2(void*, void* memory, size_t bytes) {
-    std::lock_guard<std::recursive_mutex> guard(the().lock);
+    Lock guard(the().lock);
     return the().spans(reinterpret_cast<uint64_t>(memory), bytes) ? 0 : 7;
 }
 API cublasSetMathMode(void*, int) { return 0; }
@@ -35,7 +32,7 @@ API cublasSetMathMode(void*, int) { return 0; }
 API cublasGemmStridedBatchedEx(void* handle, int turn_a, int turn_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda, long long step_a,
                                const void* b, int type_b, int ldb, long long step_b, const void* beta, void* c, int type_c, int ldc, long long step_c, int many,
                                int compute, int) {
-    std::lock_guard<std::recursive_mutex> guard(the().lock);
+    Lock guard(the().lock);
     const bool sizes = m >= 0 && n >= 0 && k >= 0 && lda >= max(1, turn_a ? k : m) && ldb >= max(1, turn_b ? n : k) && ldc >= max(1, m);
     // 68: CUBLAS_COMPUTE_32F, whose scalars are f32.
     if (!sizes || !known(type_a) || type_a != type_b || !known(type_c) || compute != 68) return the().complain(7, "a product that cuBLAS refuses");

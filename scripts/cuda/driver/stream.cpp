@@ -128,9 +128,13 @@ int Device::put(Stream* stream, Work work) {
         stream->recording->nodes.push_back(std::move(work));
         return SUCCESS;
     }
+    append(stream, std::move(work));
+    return SUCCESS;
+}
+
+void Device::append(Stream* stream, Work work) {
     stream->queue.push_back(std::move(work));
     stream->given++;
-    return SUCCESS;
 }
 
 int Device::refuse_while_recording(const char* call) {

@@ -80,7 +80,8 @@ struct Device {
     // Runs what the stream was given, up to number `upto`. The lock, which the caller has taken once, is free meanwhile.
     int drain(Stream* stream, uint64_t upto);
     int drain_all();
-    // Puts work at the end of the stream, or of what it records.
+    // Puts work at the end of the stream, whether or not it records; `put`: or of what it records.
+    void append(Stream* stream, Work work);
     int put(Stream* stream, Work work);
     // What the calling thread may not do while it records.
     int refuse_while_recording(const char* call);
