@@ -118,12 +118,16 @@ fn shorten(value: &str) -> String {
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
         let text = without_trace(e).to_string();
-        // The one error of a device that its users can do something about.
-        match text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+        match lacks_memory(&text) {
             true => Error::exhausted(format!("the GPU has no memory left for this: {text}"), None),
             false => Error::internal(format!("tensor: {text}")),
         }
     }
+}
+
+/// Whether a GPU says that it has no memory left: the one error of a device that its users can do something about.
+pub fn lacks_memory(text: &str) -> bool {
+    text.contains("CUDA_ERROR_OUT_OF_MEMORY")
 }
 
 /// The error itself: with RUST_BACKTRACE candle appends a trace of its own frames, which no client is to read.

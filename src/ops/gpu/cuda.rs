@@ -4,7 +4,7 @@ mod staging;
 pub use staging::Later;
 
 use super::Grid;
-use crate::error::without_trace;
+use crate::error::{lacks_memory, without_trace};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys as cublas_sys};
 use candle_core::cuda_backend::cudarc::driver::{
@@ -56,7 +56,7 @@ impl Cuda {
     fn open(index: usize) -> Result<Self> {
         // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
         let device = CudaDevice::new_with_stream(index).map_err(|e| {
-            if e.to_string().contains("OUT_OF_MEMORY") {
+            if lacks_memory(&e.to_string()) {
                 return e;
             }
             let needs = "needs the NVIDIA driver (libcuda.so.1), libcublas.so.13 and libcurand.so.10, found by the loader (LD_LIBRARY_PATH)";
