@@ -17,7 +17,7 @@ use prefixd::ops::gpu::Gpu;
 use prefixd::ops::limits;
 use prefixd::ops::linear::Kind;
 use prefixd::ops::sample::Filter;
-use prefixd::ops::sample::device::{Choices, Penalties};
+use prefixd::ops::sample::device::{Choices, Penalties, Sampling};
 use shape::{EIGHT_B, HALF_B, median};
 use std::time::Instant;
 
@@ -74,25 +74,27 @@ fn main() {
         let parameters = shape.parameters() as f64;
         for sequences in [1, 4, 8, 16, 32, 64].into_iter().filter(|n| rows.is_empty() || rows.contains(n)) {
             for (prefix, adapters) in prefixes.iter().flat_map(|p| adapters.iter().map(move |a| (p, *a))) {
-                let (kv, batch, seen) = decode(&model, sequences, prefix, adapters);
-                let (step, queued) = timed(tries, &model, &batch, &kv);
+                let (kv, mut batch, seen) = decode(&model, sequences, prefix, adapters);
+                let (step, queued) = timed(tries, &model, &mut batch, &kv);
+                let asked = allocation_counter::measure(|| drop(model.forward(&batch, &kv).unwrap()));
                 let read = parameters * bytes + (seen * model.page_bytes() / PAGE_TOKENS) as f64;
                 let floor = (read / bandwidth).max(2.0 * parameters * sequences as f64 / peak);
                 println!(
-                    "decode  {sequences:3} rows, {:2} adapters, prefix {prefix:?}: {:7.3} ms ({:.3} to queue it), {:8.1} tokens/s, {:6.1} GB/s, {:7.0} GFLOP/s, floor {:.2} of it",
+                    "decode  {sequences:3} rows, {:2} adapters, prefix {prefix:?}: {:7.3} ms ({:.3} to queue it), {:8.1} tokens/s, {:6.1} GB/s, {:7.0} GFLOP/s, floor {:.2} of it; {} allocations",
                     sequences.min(adapters),
                     step * 1e3,
                     queued * 1e3,
                     sequences as f64 / step,
                     read / step / 1e9,
                     2.0 * parameters * sequences as f64 / step / 1e9,
-                    floor / step
+                    floor / step,
+                    asked.count_total
                 );
             }
         }
         for tokens in [128, 512, 2048].into_iter().filter(|n| rows.is_empty() && *n <= 512 || rows.contains(n)) {
-            let (kv, batch) = prefill(&model, tokens);
-            let (step, _) = timed(tries.min(5), &model, &batch, &kv);
+            let (kv, mut batch) = prefill(&model, tokens);
+            let (step, _) = timed(tries.min(5), &model, &mut batch, &kv);
             let head = (shape.vocab * shape.hidden) as f64;
             let work = 2.0 * ((parameters - head) * tokens as f64 + head);
             println!(
@@ -131,18 +133,22 @@ fn gpu_limits(gpu: &Gpu, dtype: DType) -> Limits {
 
 /// Medians of the seconds that a step takes, tokens included where they are chosen on a GPU, and of those after which all of it was
 /// queued there.
-fn timed(tries: usize, model: &Model, batch: &Batch, kv: &KvPool) -> (f64, f64) {
+fn timed(tries: usize, model: &Model, batch: &mut Batch, kv: &KvPool) -> (f64, f64) {
     let mut sampling = model.sampling(batch.logit_rows.len()).unwrap();
     let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
     let mut choices = Choices::default();
     (0..batch.logit_rows.len()).for_each(|row| choices.push(row, &filter, 0.0, &Penalties::NONE, [], &[]));
+    let rows = choices.len();
+    let plan = |s: &Sampling| s.plan(rows, 0, &choices, &[], &mut batch.carried).unwrap();
+    let plan = sampling.as_ref().map(plan);
     let mut queued = Vec::new();
     let step = median(tries, || {
         let began = Instant::now();
-        let logits = model.logits(&model.forward(batch, kv).unwrap().unwrap()).unwrap();
-        let tokens = sampling.as_mut().map(|sampling| {
-            sampling.choose(&logits, 0, &choices, &[]).unwrap();
-            sampling.finish(choices.len()).unwrap()
+        let forward = model.forward(batch, kv).unwrap();
+        let logits = model.logits(&forward.hidden.unwrap()).unwrap();
+        let tokens = sampling.as_mut().zip(plan.as_ref()).zip(forward.carried).map(|((sampling, plan), carried)| {
+            sampling.choose(&logits, plan, &carried).unwrap();
+            sampling.finish(rows).unwrap()
         });
         queued.push(began.elapsed().as_secs_f64());
         drop(tokens.map(|tokens| tokens.wait().unwrap()));

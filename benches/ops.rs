@@ -9,7 +9,7 @@ use half::bf16;
 use prefixd::ops::activation::{Activation, Function};
 use prefixd::ops::cross_entropy::cross_entropy;
 use prefixd::ops::embed::{Embedding, RowSource, device::embed};
-use prefixd::ops::gpu::{Buffer, DeviceRows, Gpu};
+use prefixd::ops::gpu::{Buffer, DeviceRows, Gpu, Words};
 use prefixd::ops::kv_write::device::{Projection, Slabs, project};
 use prefixd::ops::linear::Linear;
 use prefixd::ops::norm::Norm;
@@ -256,7 +256,10 @@ impl Bench {
                 ] {
                     let (filter, mut choices) = (Filter { temperature, top_k, top_p, min_p: 0.0 }, Choices::default());
                     (0..m).for_each(|row| choices.push(row, &filter, 0.37, &Penalties::NONE, [], &[]));
-                    let own = self.seconds(|| sampling.choose(&logits, 0, &choices, &[]).map(drop))?;
+                    let mut words = Words::default();
+                    let plan = sampling.plan(m, 0, &choices, &[], &mut words)?;
+                    let carried = words.carry(&self.gpu)?;
+                    let own = self.seconds(|| sampling.choose(&logits, &plan, &carried).map(drop))?;
                     self.report("sample", &format!("{m} x {VOCAB}, {name}"), bytes(2 * m * VOCAB), own, None);
                 }
             }

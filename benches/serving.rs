@@ -53,7 +53,7 @@ fn decode_step(c: &mut Criterion) {
         }
         group.throughput(Throughput::Elements(u64::from(sequences)));
         group.bench_with_input(BenchmarkId::from_parameter(sequences), &batch, |b, batch| {
-            b.iter(|| model.logits(&model.forward(batch, &kv).unwrap().unwrap()).unwrap());
+            b.iter(|| model.logits(&model.forward(batch, &kv).unwrap().hidden.unwrap()).unwrap());
         });
     }
     group.finish();

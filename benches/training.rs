@@ -52,7 +52,7 @@ fn main() {
             }
         }
         if name == "bf16" && asked("jobs") {
-            for tokens in [16, 32, 128] {
+            for tokens in [8, 16, 32, 128] {
                 together(&model, tokens, tries);
             }
         }

@@ -23,7 +23,7 @@ use crate::ops::linear::Linear;
 use crate::ops::sample::device::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
-use batch::{Batch, Rows};
+use batch::{Batch, Forward, Rows};
 use candle_core::{DType, Tensor};
 use config::ModelConfig;
 use decoder::Decoder;
@@ -256,8 +256,8 @@ impl Model {
         KvPool::new(self.decoder.kv_layout(), self.info.num_layers, pages, self.decoder.machine(), self.kv_dtype)
     }
 
-    /// Runs the batch: K and V go into `kv`; returns the hidden rows `[logit_rows, hidden]` whose logits are wanted.
-    pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
+    /// Runs the batch: K and V go into `kv`; returns the hidden rows whose logits are wanted.
+    pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Forward> {
         self.decoder.forward(batch, kv)
     }
 

@@ -13,7 +13,8 @@ task and seed:
   bleu                  corpus BLEU of greedy texts against all targets (sacrebleu's defaults; tokeniser 13a)
   base_...              the same of the model without an adapter
 
-A task whose training targets are at most 100 distinct ones is classification.
+A task whose training targets are at most 100 distinct ones is classification. With --head it is learnt by a linear head that reads
+the prompt's last token (`score` of LlamaForSequenceClassification), trained beside the rows: accuracy is that of its largest logit.
 
 Needs: torch, transformers 5, peft 0.21.
 """
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 transformers.logging.set_verbosity_error()
 
@@ -61,14 +62,14 @@ def padded(rows, value=0):
 def kv_of(model, ids):
     """K and V of a text as rows of PEFT's prefix: [tokens, layers * 2 * heads * head_dim]."""
     with torch.no_grad():
-        layers = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values.layers
+        layers = model.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values.layers
     each = [t[0].transpose(0, 1).flatten(1) for layer in layers for t in (layer.keys, layer.values)]
     return torch.cat(each, dim=1)
 
 
 def adapter(model, a, text_ids, seed):
     torch.manual_seed(seed)
-    kind = dict(task_type="CAUSAL_LM", num_virtual_tokens=a.virtual_tokens)
+    kind = dict(task_type="SEQ_CLS" if a.head else "CAUSAL_LM", num_virtual_tokens=a.virtual_tokens)
     if a.method == "prefix_tuning":
         config = PrefixTuningConfig(**kind)
     else:
@@ -105,8 +106,11 @@ def train(pm, examples, a, lr, seed):
     pm.train()
     for _ in range(a.steps):
         chosen = [examples[i] for i in next(order)]
-        ids, mask = padded([p + t for p, t in chosen])
-        labels, _ = padded([[-100] * len(p) + t for p, t in chosen], -100)
+        if a.head:
+            (ids, mask), labels = padded([p for p, _ in chosen]), torch.tensor([c for _, c in chosen])
+        else:
+            ids, mask = padded([p + t for p, t in chosen])
+            labels, _ = padded([[-100] * len(p) + t for p, t in chosen], -100)
         loss = pm(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -185,6 +189,16 @@ def classify(reader, prompts, right, labels, rows):
         for key, scores in (("accuracy", got.sum(-1)), ("accuracy_without_eos", (got * ~last).sum(-1))):
             hits[key] += sum(int(b == right[i]) for i, b in zip(part, scores.argmax(1).tolist()))
     return {k: round(v / len(prompts), 4) for k, v in hits.items()}
+
+
+@torch.inference_mode()
+def by_head(pm, prompts, right, rows):
+    hits = 0
+    for part in in_parts(prompts, rows):
+        ids, mask = padded([prompts[i] for i in part])
+        found = pm(input_ids=ids, attention_mask=mask.long()).logits.argmax(-1).tolist()
+        hits += sum(int(f == right[i]) for i, f in zip(part, found))
+    return {"accuracy": round(hits / len(prompts), 4)}
 
 
 @torch.inference_mode()
@@ -285,6 +299,20 @@ class Task:
             self.majority = round(sum(t[0] == most for t in self.targets) / len(test), 4)
         else:
             self.labels = None
+        if a.head:
+            if not self.labels:
+                raise SystemExit(f"{name} is no classification")
+            self.examples = [(p, self.labels.index(r["target"])) for (p, _), r in zip(self.examples, learn)]
+
+
+def base_model(a, labels):
+    """The frozen model, with a head for so many labels if one is trained."""
+    how = dict(dtype=torch.float32, attn_implementation=a.attention)
+    if a.head:
+        model = AutoModelForSequenceClassification.from_pretrained(a.model, num_labels=labels, pad_token_id=0, **how)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(a.model, **how)
+    return model.eval().requires_grad_(False)
 
 
 def check(model, pm, task, texts):
@@ -319,28 +347,31 @@ def main():
     p.add_argument("--rows", type=int, default=320, help="sequences at once in the evaluation")
     p.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
     p.add_argument("--keep-order", action="store_true", help="take the examples in their order")
+    p.add_argument("--head", action="store_true", help="a linear head classifies, instead of words")
     p.add_argument("--no-base", action="store_true", help="do not measure the bare base")
     p.add_argument("--save", type=pathlib.Path, help="folder for the trained adapters, TASK-SEED each")
     a = p.parse_args()
     a.init = "text" if a.init_text is not None else a.init
     torch.set_num_threads(a.threads)
     texts = Texts(a.model, a.template)
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation=a.attention)
-    model.eval().requires_grad_(False)
     for name in a.tasks:
         task = Task(a.data, name, texts, a)
+        model = base_model(a, len(task.labels or []))
         text = (texts.tok(a.init_text)["input_ids"] if a.method == "prefix_tuning" else texts.ids(a.init_text)) if a.init_text else \
-            [i for prompt, target in task.examples[: a.virtual_tokens] for i in prompt + target]
+            [i for prompt, target in task.examples[: a.virtual_tokens] for i in (prompt if a.head else prompt + target)]
         start = time.time()
-        base = {} if a.no_base else {f"base_{k}": v for k, v in evaluate(Reader(model, None), texts, task, a).items()}
+        base = {} if a.no_base or a.head else {f"base_{k}": v for k, v in evaluate(Reader(model, None), texts, task, a).items()}
         base_s = time.time() - start
         for seed in a.seeds:
             pm = adapter(model, a, text, seed)
             start, cpu = time.time(), time.process_time()
             losses, trainable, warmup = train(pm, task.examples, a, a.lr, seed)
             train_s, train_cpu, start = time.time() - start, time.process_time() - cpu, time.time()
-            check(model, pm, task, texts)
-            found = evaluate(Reader(model, pm), texts, task, a)
+            if a.head:
+                found = by_head(pm, task.prompts, task.right, a.rows)
+            else:
+                check(model, pm, task, texts)
+                found = evaluate(Reader(model, pm), texts, task, a)
             if a.save:
                 pm.save_pretrained(a.save / f"{name}-{seed}")
             few = min(20, len(losses))
@@ -353,7 +384,8 @@ def main():
                         model=a.model.name, data=a.data.name, torch=torch.__version__, transformers=transformers.__version__,
                         peft=__import__("peft").__version__)
             print(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False), flush=True)
-            model = pm.unload() if hasattr(pm, "unload") else pm.get_base_model()
+            # PEFT put its own head in the place of the model's.
+            model = base_model(a, len(task.labels)) if a.head else pm.get_base_model()
 
 
 main()

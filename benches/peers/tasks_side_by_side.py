@@ -87,7 +87,8 @@ def ours(model, a):
             card = (a.data / f"{name}.toml").read_text("utf-8")
             learn, test = lines(a.data, name, "train"), lines(a.data, name, "test")[: a.test or None]
             settings = dict(method=METHODS[a.method], num_virtual_tokens=a.virtual_tokens, init=INITS[a.init], learning_rate=a.lr,
-                            warmup_steps=round(a.warmup * a.steps), batch_size=a.batch_size, max_steps=a.steps)
+                            warmup_steps=round(a.warmup * a.steps), batch_size=a.batch_size, max_steps=a.steps,
+                            classification_head=a.head)
             base = {}
             for seed in a.seeds:
                 start = time.time()
@@ -105,7 +106,7 @@ def ours(model, a):
                 train_s = time.time() - start
                 ask = lambda data, **k: server.training.Evaluate(training.EvaluateRequest(adapter_id=name, data=data, **k))
                 found = figures(ask(examples(test), skip_base=True).scores)
-                if not base:
+                if not base and not a.head:
                     # The bare base reads no template: here it is in the text.
                     base = {f"base_{k}": v for k, v in figures(ask(examples(test, TEMPLATE)).base_scores).items()}
                 yield dict(task=name, seed=seed, **found, **base, test=len(test), loss_first=round(losses[0], 4),
@@ -120,8 +121,7 @@ def theirs(model, a):
                a.virtual_tokens, "--test", a.test, "--bleu", a.test or 10**9, "--threads", a.threads, "--seeds", *a.seeds]
     if a.method == "prefix" and a.init == "random" and a.peft_std:
         command += ["--init-std", a.peft_std]
-    if a.one_order:
-        command += ["--keep-order"]
+    command += ["--keep-order"] * a.one_order + ["--head"] * a.head
     child = subprocess.Popen([str(x) for x in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         for line in child.stdout:
@@ -181,10 +181,11 @@ def main():
     p.add_argument("--test", type=int, default=0, help="take the first N test lines; 0: all")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--one-order", action="store_true", help="both sides learn the examples in the same order")
+    p.add_argument("--head", action="store_true", help="a linear head classifies, instead of words; it is trained beside the rows")
     p.add_argument("--read", type=pathlib.Path, nargs="*", default=[], help="lines that earlier runs printed: in the table too")
     a = p.parse_args()
     settings = dict(model=a.model.name, data=a.data.name, method=a.method, init=a.init, lr=a.lr, steps=a.steps, warmup=a.warmup,
-                    batch_size=a.batch_size, virtual_tokens=a.virtual_tokens, threads=a.threads, one_order=a.one_order)
+                    batch_size=a.batch_size, virtual_tokens=a.virtual_tokens, threads=a.threads, one_order=a.one_order, head=a.head)
     found = {}
     keep = lambda line: found.setdefault((line["weights"], line["task"]), collections.defaultdict(list))[line["side"]].append(line)
     for text in (text for path in a.read for text in path.read_text().splitlines()):

@@ -4,12 +4,12 @@ pub mod on_device;
 use super::batcher::LogitUse;
 use super::request::TokenLogprob;
 use super::sampler::{self, Sampled};
-use super::scheduler::{Scheduler, SequenceId};
+use super::scheduler::{Scheduler, SequenceId, Step};
 use super::sequence::Sequence;
-use crate::adapter::InputRow;
+use crate::adapter::{Head, InputRow};
 use crate::ops::Pool;
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a row of logits becomes, on one of the pool's threads.
 enum Row<'a> {
@@ -75,4 +75,10 @@ pub fn take(
     for (id, index, logprob) in scores {
         sequences.get_mut(&id).into_iter().for_each(|s| s.scored(index, logprob.clone()));
     }
+}
+
+/// The heads of the step's sequences that are classified.
+pub fn heads(step: &Step, sequences: &HashMap<SequenceId, Sequence>) -> HashMap<SequenceId, Arc<Head>> {
+    let head = |id: SequenceId| Some((id, sequences.get(&id)?.head()?.clone()));
+    step.sequences.iter().filter_map(|chunk| head(chunk.id)).collect()
 }

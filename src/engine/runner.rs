@@ -5,7 +5,10 @@ use crate::adapter::Head;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::model::Model;
+use crate::model::batch::Batch;
+use crate::ops::gpu::Carried;
 use candle_core::{CpuStorage, Storage, Tensor};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Rows whose logits are held at once: `[tokens, vocab]` never exists.
@@ -21,8 +24,30 @@ pub struct Runner {
 pub enum Logits<'a> {
     /// `[n, vocab]`, or `[1, labels]`.
     Host(&'a [f32]),
-    /// `[n, vocab]` on a GPU.
-    Device(&'a Tensor),
+    /// `[n, vocab]` on a GPU, and what the batch carried there.
+    Device(&'a Tensor, &'a Carried),
+}
+
+/// A step as the model takes it.
+pub struct Prepared {
+    /// Its rows.
+    pub batch: Batch,
+    /// What each of the batch's `logit_rows` is for.
+    pub uses: Vec<LogitUse>,
+}
+
+impl Prepared {
+    /// The parts of `uses` whose logits are held at once, in their order: a row for a head by itself, rows for the vocabulary in blocks.
+    pub fn blocks(&self) -> Vec<Range<usize>> {
+        let (mut blocks, mut row) = (Vec::new(), 0);
+        while row < self.uses.len() {
+            let pooled = |u: &LogitUse| matches!(u, LogitUse::Pool { .. });
+            let vocabulary = self.uses[row..].iter().take(LOGIT_ROWS).take_while(|u| !pooled(u)).count();
+            blocks.push(row..row + vocabulary.max(1));
+            row += vocabulary.max(1);
+        }
+        blocks
+    }
 }
 
 impl Runner {
@@ -37,15 +62,8 @@ impl Runner {
         &self.model
     }
 
-    /// Runs `step` and hands the wanted rows of logits, `[n, vocab]` or `[1, labels]`, to `take`, a block at a time. `head`
-    /// tells which head classifies a sequence. Returns the time of the forward pass, logits included.
-    pub fn run<'h>(
-        &self,
-        step: &Step,
-        scheduler: &Scheduler,
-        head: impl Fn(SequenceId) -> Option<&'h Head>,
-        mut take: impl FnMut(&[LogitUse], Logits<'_>) -> Result<()>,
-    ) -> Result<Duration> {
+    /// Makes `step`'s pages ready for the model: poison in those that change hands, stored prefixes in theirs. Returns its rows.
+    pub fn prepare(&self, step: &Step, scheduler: &Scheduler) -> Result<Prepared> {
         if cfg!(debug_assertions) {
             step.fresh.iter().try_for_each(|page| self.kv.poison(*page))?;
         }
@@ -56,35 +74,40 @@ impl Runner {
             }
         }
         let (batch, uses) = batcher::build(step, scheduler, self.model.info().hidden_size);
-        if batch.inputs.is_empty() {
+        Ok(Prepared { batch, uses })
+    }
+
+    /// Runs a step and hands the wanted rows of logits, `[n, vocab]` or `[1, labels]`, to `take`, a block at a time. `head`
+    /// tells which head classifies a sequence. Returns the time of the forward pass, logits included.
+    pub fn run<'h>(
+        &self,
+        prepared: &Prepared,
+        head: impl Fn(SequenceId) -> Option<&'h Head>,
+        mut take: impl FnMut(&[LogitUse], Logits<'_>) -> Result<()>,
+    ) -> Result<Duration> {
+        if prepared.batch.inputs.is_empty() {
             return Ok(Duration::ZERO);
         }
         let began = Instant::now();
-        let hidden = self.model.forward(&batch, &self.kv)?;
+        let forward = self.model.forward(&prepared.batch, &self.kv)?;
         let mut time = began.elapsed();
-        let Some(hidden) = hidden else { return Ok(time) };
-        let mut row = 0;
-        while row < uses.len() {
-            // A row for a head by itself, rows for the vocabulary in blocks.
-            let pooled = |u: &LogitUse| matches!(u, LogitUse::Pool { .. });
-            let vocabulary = uses[row..].iter().take(LOGIT_ROWS).take_while(|u| !pooled(u)).count();
-            let block = &uses[row..row + vocabulary.max(1)];
-            let hidden = hidden.narrow(0, row, block.len())?;
+        let Some(hidden) = forward.hidden else { return Ok(time) };
+        for block in prepared.blocks() {
+            let hidden = hidden.narrow(0, block.start, block.len())?;
+            let uses = &prepared.uses[block];
             let began = Instant::now();
-            let logits = match block[0] {
+            let (logits, class) = match uses[0] {
                 LogitUse::Pool { id } => {
                     let head = head(id).ok_or_else(|| Error::internal("a classified sequence without a head"))?;
-                    self.model.classify(&hidden, head)?
+                    (self.model.classify(&hidden, head)?, true)
                 }
-                _ => self.model.logits(&hidden)?,
+                _ => (self.model.logits(&hidden)?, false),
             };
             time += began.elapsed();
-            if self.model.gpu().is_some() && !pooled(&block[0]) {
-                take(block, Logits::Device(&logits))?;
-            } else {
-                with_values(&logits, |logits| take(block, Logits::Host(logits)))?;
+            match &forward.carried {
+                Some(carried) if !class => take(uses, Logits::Device(&logits, carried))?,
+                _ => with_values(&logits, |logits| take(uses, Logits::Host(logits)))?,
             }
-            row += block.len();
         }
         Ok(time)
     }

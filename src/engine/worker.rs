@@ -157,7 +157,7 @@ impl Worker {
     /// Whether `step` is launched before the one under way is done, and not waited for. A class is read on the processor, so its step is
     /// waited for anyway. The guest's slices wait for all work, which would be on its account.
     fn looks_ahead(&self, step: &Step) -> bool {
-        self.sampling.is_some() && !self.hosting.awake() && classified(step, &self.sequences).is_empty()
+        self.sampling.is_some() && !self.hosting.awake() && readout::heads(step, &self.sequences).is_empty()
     }
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.
@@ -253,25 +253,28 @@ impl Worker {
     fn launch(&mut self, step: Step) -> Result<Option<Launched>> {
         self.counted.steps += 1;
         let eos = self.runner.model().eos_token_ids().to_vec();
-        let (mut sampled, mut choosing) = (Vec::new(), Choosing::default());
+        let mut sampled = Vec::new();
         let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
         let sampling = &mut self.sampling;
         // A panic here is a bug of ours; it must cost the requests of this step only.
         let run = AssertUnwindSafe(|| {
-            let heads: HashMap<SequenceId, Arc<Head>> = classified(&step, sequences);
+            let heads: HashMap<SequenceId, Arc<Head>> = readout::heads(&step, sequences);
             let head = |id| heads.get(&id).map(|h| &**h);
             let pool = runner.model().threads();
-            let time = runner.run(&step, scheduler, head, |uses, logits| match (logits, &mut *sampling) {
+            let mut prepared = runner.prepare(&step, scheduler)?;
+            let mut choosing = match sampling {
+                Some(sampling) => Some(Choosing::plan(&mut prepared, sampling, scheduler, sequences, &eos)?),
+                None => None,
+            };
+            let time = runner.run(&prepared, head, |uses, logits| match (logits, &mut choosing) {
                 (Logits::Host(logits), _) => {
                     readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled);
                     Ok(())
                 }
-                (Logits::Device(logits), Some(sampling)) => {
-                    choosing.take(uses, logits, sampling, scheduler, sequences, &eos)
-                }
-                (Logits::Device(_), None) => Err(Error::internal("logits on a GPU, the engine is not")),
+                (Logits::Device(logits, carried), Some(choosing)) => choosing.take(logits, carried),
+                (Logits::Device(..), None) => Err(Error::internal("logits on a GPU, the engine is not")),
             })?;
-            Ok((time, sampling.as_mut().map(|sampling| choosing.finish(sampling)).transpose()?))
+            Ok((time, choosing.map(Choosing::finish).transpose()?))
         });
         match catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked"))) {
             Ok((time, chosen)) => {
@@ -390,10 +393,4 @@ impl Worker {
         };
         self.shared.publish(stats, resident);
     }
-}
-
-/// The heads of the step's sequences that are classified.
-fn classified(step: &Step, sequences: &HashMap<SequenceId, Sequence>) -> HashMap<SequenceId, Arc<Head>> {
-    let head = |id: SequenceId| Some((id, sequences.get(&id)?.head()?.clone()));
-    step.sequences.iter().filter_map(|chunk| head(chunk.id)).collect()
 }

@@ -5,7 +5,9 @@
 //! sit side by side.
 use crate::kv::{PAGE_TOKENS, PageId};
 use crate::ops::embed::RowSource;
+use crate::ops::gpu::{Carried, Words};
 use crate::ops::prefix_attention::{PackedSequence, SequenceView};
+use candle_core::Tensor;
 use std::ops::Range;
 
 /// The rows of one step.
@@ -25,6 +27,16 @@ pub struct Batch {
     pub pages: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// What else goes to a GPU in the copy of these, for whoever reads the logits.
+    pub carried: Words,
+}
+
+/// What a forward pass gives.
+pub struct Forward {
+    /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted.
+    pub hidden: Option<Tensor>,
+    /// Where [`Batch::carried`] lies on a GPU, until the next pass.
+    pub carried: Option<Carried>,
 }
 
 /// Packed sequences for training: no pages, no cache.

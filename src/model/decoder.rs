@@ -4,7 +4,7 @@ mod steps;
 mod training;
 
 use super::LoadOptions;
-use super::batch::Batch;
+use super::batch::{Batch, Forward};
 use super::config::{ModelConfig, Positions, Residual, Up};
 use super::layer::{Layer, Loader};
 use super::weights::Checkpoint;
@@ -176,9 +176,8 @@ impl Decoder {
         KvLayout { kv_heads: self.config.num_kv_heads, head_dim: self.config.head_dim }
     }
 
-    /// Runs the batch: writes its K and V into `kv` and returns the hidden rows of `batch.logit_rows`
-    /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted.
-    pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
+    /// Runs the batch: writes its K and V into `kv` and returns the hidden rows of `batch.logit_rows`.
+    pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Forward> {
         if let (Some(gpu), Some(steps)) = (self.machine.gpu(), &self.steps) {
             return self.forward_on(gpu, &mut steps.lock().unwrap_or_else(PoisonError::into_inner), batch, kv);
         }
@@ -187,11 +186,12 @@ impl Decoder {
         let (sequences, pages) = (batch.sequences.clone(), batch.pages.clone());
         let plan = Arc::new(Plan::new(sequences, pages, self.kv_layout(), self.config.num_heads));
         let view = View::Paged { kv, plan, slots: batch.slots.as_slice().into() };
-        self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })
+        let hidden = self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })?;
+        Ok(Forward { hidden, carried: None })
     }
 
     /// The same on a GPU.
-    fn forward_on(&self, gpu: &Gpu, steps: &mut Steps, batch: &Batch, kv: &KvPool) -> Result<Option<Tensor>> {
+    fn forward_on(&self, gpu: &Gpu, steps: &mut Steps, batch: &Batch, kv: &KvPool) -> Result<Forward> {
         let Steps { uploads, no_soft, graphs } = steps;
         let table: Vec<u32> = batch.pages.iter().map(|page| page * PAGE as u32).collect();
         let attentions = || self.config.layers.iter().map(|facts| facts.attention);
@@ -204,7 +204,8 @@ impl Decoder {
             heads: self.config.num_heads,
             attention: first,
         };
-        let there = uploads.put((&batch.inputs, &batch.positions, &batch.slots), &step, attentions())?;
+        let rows = (&*batch.inputs, &*batch.positions, &*batch.slots);
+        let there = uploads.put(rows, &step, attentions(), &batch.carried)?;
         let (rows, launched) = (batch.inputs.len(), there.launched());
         let soft = if batch.soft.is_empty() {
             no_soft.clone()
@@ -217,10 +218,11 @@ impl Decoder {
         let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && batch.logit_rows.len() == rows;
         let pass = Pass { at: At::Device(there.rows), view: View::Device { kv, plans: there.plans } };
         let work = || self.run(&batch.inputs, &soft, &batch.logit_rows, &pass);
-        match graphs {
-            Some(graphs) if decodes => graphs.run(gpu, Shape { pool: kv.id(), rows, launched }, work),
-            _ => work(),
-        }
+        let hidden = match graphs {
+            Some(graphs) if decodes => graphs.run(gpu, Shape { pool: kv.id(), rows, launched }, work)?,
+            _ => work()?,
+        };
+        Ok(Forward { hidden, carried: Some(there.carried) })
     }
 
     fn at(&self, inputs: &[RowSource], positions: &[u32]) -> Result<At> {

@@ -21,7 +21,7 @@ pub use call::{Call, Grid};
 pub use gemm::{Gemm, Side};
 pub use op::{Fresh, KernelOp, View};
 pub use rows::DeviceRows;
-pub use words::Words;
+pub use words::{Carried, Words};
 
 use candle_core::{DType, Device, Result};
 

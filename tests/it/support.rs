@@ -141,7 +141,7 @@ fn run(model: &Model, rows: &Rows<'_>, kv: &KvPool, harm: &dyn Fn(&mut Batch)) -
     let mut batch = Batch::default();
     batch.push(rows, model.info().hidden_size);
     harm(&mut batch);
-    let hidden = model.forward(&batch, kv).unwrap().unwrap();
+    let hidden = model.forward(&batch, kv).unwrap().hidden.unwrap();
     model.logits(&hidden).unwrap().to_vec2().unwrap()
 }
 

@@ -2,13 +2,14 @@
 //! after the next step was launched.
 use super::super::batcher::LogitUse;
 use super::super::request::TokenLogprob;
+use super::super::runner::Prepared;
 use super::super::sampler::Sampled;
 use super::super::scheduler::{Scheduler, SequenceId};
 use super::super::sequence::Sequence;
 use crate::adapter::InputRow;
 use crate::error::{Error, Result};
-use crate::ops::gpu::Later;
-use crate::ops::sample::device::{Choices, Logprobs, Of, Sampling, Scores, Wanted};
+use crate::ops::gpu::{Carried, Later};
+use crate::ops::sample::device::{Choices, Logprobs, Of, Plan, Sampling, Scores, Wanted};
 use candle_core::Tensor;
 use std::collections::HashMap;
 
@@ -20,79 +21,95 @@ enum For {
     Score(SequenceId, usize, u32),
 }
 
-/// What a step at hand chooses.
-#[derive(Default)]
-pub struct Choosing {
+/// What a step chooses, planned before it runs: it goes to the device with the step's rows.
+pub struct Choosing<'a> {
+    sampling: &'a mut Sampling,
     /// Whose tokens, in their places.
     whose: Vec<SequenceId>,
     receivers: Vec<For>,
+    /// Of blocks of logits that are still to come.
+    plans: std::vec::IntoIter<Plan>,
     /// One for each of `receivers`, in this order.
     scores: Vec<Scores>,
 }
 
 /// What a step has chosen, on its way.
 pub struct Chosen {
-    choosing: Choosing,
+    whose: Vec<SequenceId>,
+    receivers: Vec<For>,
+    scores: Vec<Scores>,
     tokens: Later<u32>,
 }
 
-impl Choosing {
-    /// As [`super::take`], from rows of logits `[uses, vocab]` on the device.
-    pub fn take(
-        &mut self,
-        uses: &[LogitUse],
-        logits: &Tensor,
-        sampling: &mut Sampling,
+impl<'a> Choosing<'a> {
+    /// Plans what becomes of every row of logits, and has the batch carry it.
+    pub fn plan(
+        prepared: &mut Prepared,
+        sampling: &'a mut Sampling,
         scheduler: &Scheduler,
         sequences: &mut HashMap<SequenceId, Sequence>,
         eos: &[u32],
-    ) -> Result<()> {
-        let (mut choices, mut wanted, at) = (Choices::default(), Vec::new(), self.whose.len());
-        for (row, usage) in uses.iter().enumerate() {
-            match *usage {
-                LogitUse::Sample { id } => {
-                    let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { continue };
-                    let unread = entry.unread();
-                    let banned = s.banned(eos, usize::from(unread.is_some())).to_vec();
-                    let sampler = &mut s.sampler;
-                    let u = sampler.draw();
-                    if let Some(top) = sampler.top_logprobs() {
-                        wanted.push(Wanted { row, of: Of::Choice(choices.len()), top });
-                        self.receivers.push(For::Choice(self.whose.len()));
+    ) -> Result<Self> {
+        let (mut whose, mut receivers, mut plans) = (Vec::new(), Vec::new(), Vec::new());
+        for block in prepared.blocks() {
+            let (mut choices, mut wanted, at) = (Choices::default(), Vec::new(), whose.len());
+            for (row, usage) in prepared.uses[block.clone()].iter().enumerate() {
+                match *usage {
+                    LogitUse::Sample { id } => {
+                        let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { continue };
+                        let unread = entry.unread();
+                        let banned = s.banned(eos, usize::from(unread.is_some())).to_vec();
+                        let sampler = &mut s.sampler;
+                        let u = sampler.draw();
+                        if let Some(top) = sampler.top_logprobs() {
+                            wanted.push(Wanted { row, of: Of::Choice(choices.len()), top });
+                            receivers.push(For::Choice(whose.len()));
+                        }
+                        choices.push(row, sampler.filter(), u, &sampler.penalties(unread), sampler.seen(), &banned);
+                        whose.push(id);
                     }
-                    choices.push(row, sampler.filter(), u, &sampler.penalties(unread), sampler.seen(), &banned);
-                    self.whose.push(id);
+                    LogitUse::Score { id, index } => {
+                        let (Some(s), Some(entry)) = (sequences.get(&id), scheduler.get(id)) else { continue };
+                        // Admission saw that only tokens are scored.
+                        let InputRow::Token(token) = entry.tokens()[index] else { continue };
+                        wanted.push(Wanted { row, of: Of::Token(token), top: s.top_logprobs.unwrap_or(0) });
+                        receivers.push(For::Score(id, index, token));
+                    }
+                    // A class is read on the processor.
+                    LogitUse::Pool { .. } => continue,
                 }
-                LogitUse::Score { id, index } => {
-                    let (Some(s), Some(entry)) = (sequences.get(&id), scheduler.get(id)) else { continue };
-                    // Admission saw that only tokens are scored.
-                    let InputRow::Token(token) = entry.tokens()[index] else { continue };
-                    wanted.push(Wanted { row, of: Of::Token(token), top: s.top_logprobs.unwrap_or(0) });
-                    self.receivers.push(For::Score(id, index, token));
-                }
-                LogitUse::Pool { .. } => return Err(Error::internal("a class is not read from the vocabulary")),
+            }
+            if !matches!(prepared.uses[block.start], LogitUse::Pool { .. }) {
+                plans.push(sampling.plan(block.len(), at, &choices, &wanted, &mut prepared.batch.carried)?);
             }
         }
-        self.scores.extend(sampling.choose(logits, at, &choices, &wanted)?);
+        Ok(Choosing { sampling, whose, receivers, plans: plans.into_iter(), scores: Vec::new() })
+    }
+
+    /// As [`super::take`], from the next block's logits `[uses, vocab]` on the device.
+    pub fn take(&mut self, logits: &Tensor, carried: &Carried) -> Result<()> {
+        let plan = self.plans.next().ok_or_else(|| Error::internal("a block of logits that nobody planned"))?;
+        self.scores.extend(self.sampling.choose(logits, &plan, carried)?);
         Ok(())
     }
 
     /// All of the step is launched.
-    pub fn finish(self, sampling: &mut Sampling) -> Result<Chosen> {
-        Ok(Chosen { tokens: sampling.finish(self.whose.len())?, choosing: self })
+    pub fn finish(self) -> Result<Chosen> {
+        let tokens = self.sampling.finish(self.whose.len())?;
+        Ok(Chosen { whose: self.whose, receivers: self.receivers, scores: self.scores, tokens })
     }
 }
 
 impl Chosen {
     /// Whose tokens they are, in their places on the device.
     pub fn whose(&self) -> &[SequenceId] {
-        &self.choosing.whose
+        &self.whose
     }
 
     /// Waits for the step. Scores go to their sequences; the tokens are returned, for those that are still there.
     pub fn wait(self, sequences: &mut HashMap<SequenceId, Sequence>) -> Result<Vec<(SequenceId, Sampled)>> {
-        let Choosing { whose, receivers, scores } = self.choosing;
-        let ids = self.tokens.wait()?;
+        let Chosen { whose, receivers, scores, tokens } = self;
+        let ids = tokens.wait()?;
         let mut sampled: Vec<_> =
             whose.into_iter().zip(&ids).map(|(id, token)| (id, Sampled { id: *token, logprob: None })).collect();
         let scores = scores.into_iter().map(Scores::wait).collect::<candle_core::Result<Vec<_>>>()?;

@@ -4,6 +4,24 @@ use super::{Buffer, Gpu, Plain};
 use candle_core::Result;
 use std::sync::Arc;
 
+/// Words on the device, from element `at` of a buffer on. Made by the copy that they went over in, and good until the next one.
+#[derive(Clone)]
+pub struct Carried {
+    buffer: Arc<Buffer>,
+    at: usize,
+}
+
+impl Carried {
+    pub(in crate::ops) fn new(buffer: &Arc<Buffer>, at: usize) -> Self {
+        Carried { buffer: buffer.clone(), at }
+    }
+
+    /// Buffer, and the element that word `word` is.
+    pub(in crate::ops) fn word(&self, word: usize) -> (&Buffer, usize) {
+        (&self.buffer, self.at + word)
+    }
+}
+
 /// 32-bit words: lists of several sorts, one after the other.
 #[derive(Default)]
 pub struct Words(Vec<u32>);
@@ -16,6 +34,16 @@ impl Words {
         let at = self.0.len();
         self.0.extend(bytes(list).chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]])));
         at
+    }
+
+    /// Adds all of `other`; returns the word at which it starts.
+    pub fn append(&mut self, other: &Words) -> usize {
+        self.add(&other.0)
+    }
+
+    /// By themselves on the device.
+    pub fn carry(&self, gpu: &Gpu) -> Result<Carried> {
+        Ok(Carried { buffer: Arc::new(self.upload(gpu)?), at: 0 })
     }
 
     /// In a buffer of their own.

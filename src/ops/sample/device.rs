@@ -3,7 +3,7 @@
 //! The choice is [`draw`](super::draw)'s of the penalised logits, but for targets that lie within the kernel's fixed point of
 //! an edge; its header has the bound.
 use super::Filter;
-use crate::ops::gpu::{Buffer, Gpu, Grid, Later, Plain, View, Words};
+use crate::ops::gpu::{Buffer, Carried, Gpu, Grid, Later, Plain, View, Words};
 use candle_core::{Result, Tensor, bail};
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -207,9 +207,22 @@ pub struct Sampling {
     tokens: Arc<Buffer>,
     /// Tokens of the step before: what the next one's rows and penalties may name.
     before: Arc<Buffer>,
-    /// What to choose and what to compute.
-    words: Arc<Buffer>,
     scores: Arc<Buffer>,
+}
+
+/// What to choose and what to compute from one block of rows of logits, as it lies among the words that a step carries.
+pub struct Plan {
+    /// Rows of the block.
+    rows: usize,
+    /// Place of the first token.
+    at: usize,
+    /// Tokens to choose.
+    count: usize,
+    choices: usize,
+    changes: usize,
+    wanted: usize,
+    /// Of each that is wanted, how many more.
+    tops: Vec<usize>,
 }
 
 /// Log-probabilities on their way to the host.
@@ -235,60 +248,72 @@ impl Sampling {
             gpu: gpu.clone(),
             tokens: room(before.bytes())?,
             before: before.clone(),
-            words: room(rows * 1024)?,
             scores: room(rows * 4)?,
         })
     }
 
-    /// Chooses tokens of the step at hand from logits `[rows, vocab]`, for the places from `at` on. Then computes what is wanted of the
-    /// log-probabilities of these rows.
-    pub fn choose(
-        &mut self,
-        logits: &Tensor,
+    /// Adds to `words` what to choose and what is wanted of a block of `rows` rows of logits; its tokens get the places from `at` on.
+    ///
+    /// # Errors
+    /// If there are no such rows, places or choices, or too many tokens are to be listed.
+    pub fn plan(
+        &self,
+        rows: usize,
         at: usize,
         choices: &Choices,
         wanted: &[Wanted],
-    ) -> Result<Option<Scores>> {
-        let (rows, room) = (logits.dims2()?.0, self.tokens.bytes() / size_of::<u32>());
+        words: &mut Words,
+    ) -> Result<Plan> {
+        let (count, room) = (choices.len(), Self::most(&self.tokens));
         if let Some(c) = choices.rows.iter().find(|c| c.row as usize >= rows) {
             bail!("sample: row {} of {rows} rows of logits", c.row);
         }
         if let Some(c) = choices.rows.iter().find(|c| c.pending != NONE && c.pending as usize >= room) {
             bail!("sample: a token in place {} of {room}", c.pending);
         }
-        let count = choices.len();
         if at + count > room {
             bail!("sample: {} tokens in a step, {room} have room", at + count);
         }
-        let mut words = Words::default();
-        let [choices_at, changes_at] = [words.add(&choices.rows), words.add(&choices.changes)];
-        let wanted_at = words.add(&wanted.iter().map(|w| w.raw(rows, count)).collect::<Result<Vec<_>>>()?);
-        words.replace(&self.gpu, &mut self.words)?;
+        let raw = wanted.iter().map(|w| w.raw(rows, count)).collect::<Result<Vec<_>>>()?;
+        let [choices, changes, wanted_at] = [words.add(&choices.rows), words.add(&choices.changes), words.add(&raw)];
+        let tops = wanted.iter().map(|w| w.top).collect();
+        Ok(Plan { rows, at, count, choices, changes, wanted: wanted_at, tops })
+    }
+
+    /// Chooses the tokens of `plan`, whose words lie in `carried`, from logits `[rows, vocab]`. Then computes what is wanted of the
+    /// log-probabilities of these rows.
+    pub fn choose(&mut self, logits: &Tensor, plan: &Plan, carried: &Carried) -> Result<Option<Scores>> {
+        let rows = logits.dims2()?.0;
+        if rows != plan.rows {
+            bail!("sample: {rows} rows of logits, planned for {}", plan.rows);
+        }
         self.gpu.with("sample", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(&self.words, choices_at, 4);
-            let call = call.buffer(&self.words, changes_at, 4).buffer(&self.before, 0, 4).buffer(&self.tokens, at, 4);
-            let grid = Grid { blocks: [number(count), 1, 1], threads: THREADS, shared: SHARED };
+            let ([choices, changes], tokens) = ([plan.choices, plan.changes].map(|w| carried.word(w)), &self.tokens);
+            let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(choices.0, choices.1, 4);
+            let call = call.buffer(changes.0, changes.1, 4).buffer(&self.before, 0, 4).buffer(tokens, plan.at, 4);
+            let grid = Grid { blocks: [number(plan.count), 1, 1], threads: THREADS, shared: SHARED };
             // SAFETY: the kernel's arguments; rows and places were checked, and as many choices and changes written as they say.
             unsafe { call.int(vocab).launch(grid) }
         })?;
-        if wanted.is_empty() { Ok(None) } else { self.score(logits, at, wanted, wanted_at).map(Some) }
+        if plan.tops.is_empty() { Ok(None) } else { self.score(logits, plan, carried).map(Some) }
     }
 
-    /// `at`: the first token that `wanted`, which lies at word `wanted_at`, may be of.
-    fn score(&mut self, logits: &Tensor, at: usize, wanted: &[Wanted], wanted_at: usize) -> Result<Scores> {
-        let width = wanted.iter().map(|w| w.top).max().unwrap_or(0);
-        let words = wanted.len() * (1 + 2 * width);
+    fn score(&mut self, logits: &Tensor, plan: &Plan, carried: &Carried) -> Result<Scores> {
+        let tops = plan.tops.clone();
+        let width = tops.iter().copied().max().unwrap_or(0);
+        let words = tops.len() * (1 + 2 * width);
         Buffer::make_room(&mut self.scores, &self.gpu, words * size_of::<u32>())?;
         self.gpu.with("logprobs", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(&self.words, wanted_at, 4);
-            let call = call.buffer(&self.tokens, at, 4).buffer(&self.scores, 0, 4);
-            let grid = Grid { blocks: [number(wanted.len()), 1, 1], threads: THREADS, shared: SHARED };
+            let wanted = carried.word(plan.wanted);
+            let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(wanted.0, wanted.1, 4);
+            let call = call.buffer(&self.tokens, plan.at, 4).buffer(&self.scores, 0, 4);
+            let grid = Grid { blocks: [number(tops.len()), 1, 1], threads: THREADS, shared: SHARED };
             // SAFETY: the kernel's arguments; rows, choices and the width were checked, and there is room for all that is wanted.
             unsafe { call.int(vocab).int(width).launch(grid) }
         })?;
-        Ok(Scores { bits: self.scores.read_later(0, words)?, width, tops: wanted.iter().map(|w| w.top).collect() })
+        Ok(Scores { bits: self.scores.read_later(0, words)?, width, tops })
     }
 
     /// Ends the step: its `chosen` tokens are on their way to the host, and the next one's rows may name them by their places.

@@ -1,8 +1,9 @@
-//! What a step over the pool needs on the device, in one copy: its rows, and a work list for each sort of attention.
+//! What a step over the pool needs on the device, in one copy: its rows, a work list for each sort of attention, and what is done with
+//! its results.
 use super::plan::{Cut, Group, Split, Step, WorkList};
 use super::{DevicePlan, Launched};
 use crate::ops::embed::RowSource;
-use crate::ops::gpu::{Buffer, DeviceRows, Gpu, Words};
+use crate::ops::gpu::{Buffer, Carried, DeviceRows, Gpu, Words};
 use crate::ops::prefix_attention::Attention;
 use candle_core::Result;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ pub struct OnDevice {
     pub rows: Arc<DeviceRows>,
     /// A plan for each sort of attention that layers have.
     pub plans: Vec<(Attention, Arc<DevicePlan>)>,
+    /// What went with them.
+    pub carried: Carried,
     /// Bytes of the buffer: it changes with them alone.
     room: usize,
 }
@@ -33,7 +36,7 @@ impl Uploads {
     }
 
     /// Puts a step there, after all work on the last one. `sources`, `positions` and `slots` are one each a row; `step` says what the
-    /// layers with `attentions` attend to.
+    /// layers with `attentions` attend to; `carried` is for whoever reads it after them.
     ///
     /// # Errors
     /// As of [`DevicePlan::new`] and [`DeviceRows::new`].
@@ -42,6 +45,7 @@ impl Uploads {
         (sources, positions, slots): (&[RowSource], &[u32], &[u32]),
         step: &Step<'_>,
         attentions: impl Iterator<Item = Attention>,
+        carried: &Words,
     ) -> Result<OnDevice> {
         let mut words = Words::default();
         let rows_at = words.add(&DeviceRows::words(sources, positions, slots)?);
@@ -54,8 +58,9 @@ impl Uploads {
             }
         }
         let lists: Vec<_> = lists.into_iter().map(|(a, list)| (a, words.add(&list.data), list)).collect();
-        // Last: of all parts its length alone changes from step to step.
+        // What a graph reads is in the same places each time. The length of the table changes, so what no graph reads comes after it.
         let table = words.add(step.table);
+        let carried = words.append(carried);
         words.replace(&self.gpu, &mut self.words)?;
         let plan = |(attention, at, list)| {
             let step = Step { attention, ..*step };
@@ -63,7 +68,8 @@ impl Uploads {
         };
         let rows = DeviceRows::within((&self.words, rows_at), Some(&self.sampled), sources, positions, slots);
         let plans = lists.into_iter().map(plan).collect();
-        Ok(OnDevice { rows: Arc::new(rows), plans, room: self.words.bytes() })
+        let carried = Carried::new(&self.words, carried);
+        Ok(OnDevice { rows: Arc::new(rows), plans, carried, room: self.words.bytes() })
     }
 }
 

@@ -151,11 +151,27 @@ fn sampling(order: u32, before: &[u32]) -> Sampling {
     Sampling::new(&gpu, &Arc::new(there), 1).unwrap()
 }
 
+/// Plans and chooses in one.
+fn choose(
+    sampling: &mut Sampling,
+    logits: &Tensor,
+    at: usize,
+    choices: &Choices,
+    wanted: &[Wanted],
+) -> Result<Option<Scores>> {
+    // Behind other words.
+    let mut words = Words::default();
+    words.add(&[7u32; 5]);
+    let plan = sampling.plan(logits.dims2()?.0, at, choices, wanted, &mut words)?;
+    let carried = words.carry(&sampling.gpu)?;
+    sampling.choose(logits, &plan, &carried)
+}
+
 /// Tokens in each order of threads, which must be the same; `before` is what the step before chose.
 fn tokens(logits: &Tensor, choices: &Choices, before: &[u32], orders: &[u32]) -> Vec<u32> {
     let run = |order: u32| {
         let mut sampling = sampling(order, before);
-        assert!(sampling.choose(logits, 0, choices, &[]).unwrap().is_none());
+        assert!(choose(&mut sampling, logits, 0, choices, &[]).unwrap().is_none());
         let tokens = sampling.finish(choices.len()).unwrap();
         // The next step finds them, and what is chosen then does not disturb what is on its way.
         assert_eq!(
@@ -274,7 +290,8 @@ fn log_probabilities_are_the_cpus() {
             })
             .collect();
         // Behind three tokens of another block of rows.
-        let run = |order| sampling(order, &[]).choose(&logits, 3, &choices, &wanted).unwrap().unwrap().wait().unwrap();
+        let run =
+            |order| choose(&mut sampling(order, &[]), &logits, 3, &choices, &wanted).unwrap().unwrap().wait().unwrap();
         let got = run(0);
         for order in [1, 7] {
             assert_eq!(format!("{:?}", run(order)), format!("{got:?}"), "order {order}");
@@ -304,23 +321,35 @@ fn what_does_not_fit_is_refused() {
     let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
     let mut choices = Choices::default();
     choices.push(2, &filter, 0.0, &Penalties::NONE, [], &[]);
-    let mut choose = |logits: &Tensor, at, choices: &Choices| sampling.choose(logits, at, choices, &[]).map(drop);
-    assert!(choose(&logits, 0, &choices).unwrap_err().to_string().contains("row 2 of 2"));
+    let mut try_at = |logits: &Tensor, at, choices: &Choices| choose(&mut sampling, logits, at, choices, &[]).map(drop);
+    assert!(try_at(&logits, 0, &choices).unwrap_err().to_string().contains("row 2 of 2"));
     let wide = Tensor::zeros((3, MOST_TOKENS + 1), DType::F16, &Device::Cpu).unwrap();
-    assert!(choose(&wide, 0, &choices).unwrap_err().to_string().contains("524289"));
-    assert!(choose(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), 0, &choices).is_err());
+    assert!(try_at(&wide, 0, &choices).unwrap_err().to_string().contains("524289"));
+    assert!(try_at(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), 0, &choices).is_err());
     let three = Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
-    assert!(choose(&three, 64, &choices).unwrap_err().to_string().contains("65 tokens in a step"));
+    assert!(try_at(&three, 64, &choices).unwrap_err().to_string().contains("65 tokens in a step"));
     choices.push(0, &filter, 0.0, &Penalties { pending: Some(64), ..Penalties::NONE }, [], &[]);
-    assert!(choose(&three, 0, &choices).unwrap_err().to_string().contains("place 64 of 64"));
+    assert!(try_at(&three, 0, &choices).unwrap_err().to_string().contains("place 64 of 64"));
     choices.clear();
     choices.push(0, &filter, 0.0, &Penalties::NONE, [], &[]);
     for (row, of, top) in [(2, Of::Token(0), 0), (0, Of::Choice(1), 0), (0, Of::Token(0), MOST_TOP + 1)] {
-        assert!(sampling.choose(&logits, 0, &choices, &[Wanted { row, of, top }]).is_err());
+        assert!(choose(&mut sampling, &logits, 0, &choices, &[Wanted { row, of, top }]).is_err());
     }
     let wanted = [Wanted { row: 1, of: Of::Token(4), top: 0 }];
-    let beyond = sampling.choose(&logits, 0, &choices, &wanted).unwrap().unwrap().wait().unwrap();
+    let beyond = choose(&mut sampling, &logits, 0, &choices, &wanted).unwrap().unwrap().wait().unwrap();
     assert!(beyond[0].logprob.is_nan());
     assert!(sampling.finish(65).is_err());
+    // A plan is for as many rows as it says.
+    let mut words = Words::default();
+    let plan = sampling.plan(3, 0, &choices, &[], &mut words).unwrap();
+    let carried = words.carry(&sampling.gpu).unwrap();
+    assert!(
+        sampling
+            .choose(&logits, &plan, &carried)
+            .map(drop)
+            .unwrap_err()
+            .to_string()
+            .contains("2 rows of logits, planned for 3")
+    );
     assert_eq!(Sampling::most(&sampling.before), 64);
 }
