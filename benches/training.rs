@@ -34,7 +34,8 @@ fn main() {
         }
         let model = Model::load(&HALF_B.files(), LoadOptions { dtype, ..LoadOptions::default() }).unwrap();
         prefixd::ops::memory::hold();
-        for placement in [Placement::Stored, Placement::VirtualTokens] {
+        let alone = asked(name) || name == "f32" && asked("candle");
+        for placement in [Placement::Stored, Placement::VirtualTokens].into_iter().filter(|_| alone) {
             let mut job = job(&model, placement);
             let examples: Vec<_> = (0..BATCH).map(|s| example(s, TOKENS)).collect();
             let mut of = |keep| median(tries, || step(&model, &mut [&mut job], &[&examples], keep));
