@@ -6,8 +6,10 @@ use crate::ops::Machine;
 use crate::ops::gpu::{Buffer, Gpu};
 use crate::ops::kv_write::device::Slabs;
 use crate::ops::kv_write::{self, Part};
+use crate::ops::memory::sparse;
 use crate::ops::prefix_attention::{KvLayout, PAGE};
 use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -60,9 +62,14 @@ impl KvPool {
         }
         let slab = |shape: (usize, usize, usize, usize)| {
             if cfg!(debug_assertions) {
-                Tensor::full(f32::NAN, (), &Device::Cpu)?.to_dtype(dtype)?.broadcast_as(shape)?.contiguous()
-            } else {
-                Tensor::zeros(shape, dtype, &Device::Cpu)
+                return Tensor::full(f32::NAN, (), &Device::Cpu)?.to_dtype(dtype)?.broadcast_as(shape)?.contiguous();
+            }
+            let len = pages * layout.page_len();
+            match dtype {
+                DType::F32 => Tensor::from_vec(sparse::<f32>(len), shape, &Device::Cpu),
+                DType::BF16 => Tensor::from_vec(sparse::<bf16>(len), shape, &Device::Cpu),
+                DType::F16 => Tensor::from_vec(sparse::<f16>(len), shape, &Device::Cpu),
+                other => candle_core::bail!("K and V are not held in {other:?}"),
             }
         };
         let layers = (0..num_layers).map(|_| {

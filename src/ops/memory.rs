@@ -1,7 +1,10 @@
-//! What the allocator does with memory that is given back.
+//! What the allocator does with memory that is given back, and memory of its own for what is large and lasts.
 //!
 //! A step's activations are tens of megabytes. glibc hands buffers of that size back to the system and asks for them again,
 //! and the system clears every page: measured, a tenth of a prefill.
+
+use super::gpu::Plain;
+use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod glibc {
@@ -19,6 +22,8 @@ mod glibc {
     const KEPT: c_int = 128 << 20;
     /// Buffers from here on come from the system each time.
     const LARGE: c_int = 512 << 20;
+    /// The same while memory of its own is asked for: what is smaller is not worth it.
+    const APART: c_int = 64 << 10;
 
     /// All that there is: mallopt(3) says what -1 means. The largest `c_int` is 2 GiB, less than eight jobs of 2 x 128 keep.
     const ALL: c_int = -1;
@@ -28,6 +33,19 @@ mod glibc {
         unsafe {
             mallopt(M_TRIM_THRESHOLD, ALL);
         }
+    }
+
+    pub fn apart<T>(allocate: impl FnOnce() -> T) -> T {
+        // SAFETY: as below. What other threads ask for meanwhile comes from the system too, and goes back there.
+        unsafe {
+            mallopt(M_MMAP_THRESHOLD, APART);
+        }
+        let memory = allocate();
+        // SAFETY: as below.
+        unsafe {
+            mallopt(M_MMAP_THRESHOLD, LARGE);
+        }
+        memory
     }
 
     pub fn settle() {
@@ -53,4 +71,53 @@ pub fn settle() {
 pub fn hold() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::hold();
+}
+
+/// `len` zeros in memory that the system gives when it is written, page by page, and gets back when it is freed. A part of the heap would
+/// be cleared first, and so be resident: the KV pool of a server was, whole, before its first request.
+pub fn sparse<T: Plain>(len: usize) -> Vec<T> {
+    let layout = Layout::array::<T>(len).expect("smaller than the address space");
+    if layout.size() == 0 {
+        return Vec::new();
+    }
+    // SAFETY: the size is not 0.
+    let allocate = || unsafe { alloc_zeroed(layout) };
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    let pointer = glibc::apart(allocate);
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    let pointer = allocate();
+    if pointer.is_null() {
+        handle_alloc_error(layout)
+    }
+    // SAFETY: of the global allocator, with the layout of a vector of that capacity; zeros are a value of a plain type.
+    unsafe { Vec::from_raw_parts(pointer.cast::<T>(), len, len) }
+}
+
+#[cfg(all(test, target_os = "linux", target_env = "gnu"))]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use half::bf16;
+
+    /// Bytes of the process that are in memory.
+    fn resident() -> usize {
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        4096 * pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap()
+    }
+
+    /// As a server's pool: slabs smaller than what comes from the system by itself, made on a thread whose heap is not the main one.
+    #[test]
+    fn sparse_memory_is_not_resident_until_it_is_written() {
+        settle();
+        let before = resident();
+        let mut slabs: Vec<Vec<bf16>> =
+            std::thread::spawn(|| (0..64).map(|_| sparse(16 << 20)).collect()).join().unwrap();
+        // 2 GiB; other tests run beside this one.
+        assert!(resident() < before + (1 << 30));
+        let last = slabs.last_mut().unwrap();
+        assert!(last.iter().all(|x| *x == bf16::ZERO));
+        last.fill(bf16::ONE);
+        assert!(last.iter().all(|x| *x == bf16::ONE));
+        assert!(sparse::<f32>(0).is_empty());
+    }
 }
