@@ -13,7 +13,7 @@ use prefixd::kv::{KvPool, PAGE_TOKENS, PageId, pages_for};
 use prefixd::model::batch::{Batch, Rows};
 use prefixd::model::{LoadOptions, Model};
 use prefixd::ops::embed::RowSource;
-use prefixd::ops::gpu::Gpu;
+use prefixd::ops::gpu::{Gpu, Words};
 use prefixd::ops::limits;
 use prefixd::ops::linear::Kind;
 use prefixd::ops::sample::Filter;
@@ -139,11 +139,12 @@ fn timed(tries: usize, model: &Model, batch: &mut Batch, kv: &KvPool) -> (f64, f
     let mut choices = Choices::default();
     (0..batch.logit_rows.len()).for_each(|row| choices.push(row, &filter, 0.0, &Penalties::NONE, [], &[]));
     let rows = choices.len();
-    let plan = |s: &Sampling| s.plan(rows, 0, &choices, &[], &mut batch.carried).unwrap();
-    let plan = sampling.as_ref().map(plan);
     let mut queued = Vec::new();
     let step = median(tries, || {
         let began = Instant::now();
+        batch.carried = Words::default();
+        let plan = |s: &Sampling| s.plan(rows, 0, &choices, &[], &mut batch.carried).unwrap();
+        let plan = sampling.as_ref().map(plan);
         let forward = model.forward(batch, kv).unwrap();
         let logits = model.logits(&forward.hidden.unwrap()).unwrap();
         let tokens = sampling.as_mut().zip(plan.as_ref()).zip(forward.carried).map(|((sampling, plan), carried)| {

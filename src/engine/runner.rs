@@ -34,20 +34,29 @@ pub struct Prepared {
     pub batch: Batch,
     /// What each of the batch's `logit_rows` is for.
     pub uses: Vec<LogitUse>,
+    /// All of `uses`, in order.
+    pub blocks: Vec<Block>,
 }
 
-impl Prepared {
-    /// The parts of `uses` whose logits are held at once, in their order: a row for a head by itself, rows for the vocabulary in blocks.
-    pub fn blocks(&self) -> Vec<Range<usize>> {
-        let (mut blocks, mut row) = (Vec::new(), 0);
-        while row < self.uses.len() {
-            let pooled = |u: &LogitUse| matches!(u, LogitUse::Pool { .. });
-            let vocabulary = self.uses[row..].iter().take(LOGIT_ROWS).take_while(|u| !pooled(u)).count();
-            blocks.push(row..row + vocabulary.max(1));
-            row += vocabulary.max(1);
-        }
-        blocks
+/// Rows whose logits are held at once.
+pub struct Block {
+    /// Which of the `uses`.
+    pub uses: Range<usize>,
+    /// Of whom the one row is for a head, not for the vocabulary.
+    pub classifies: Option<SequenceId>,
+}
+
+/// A row for a head by itself, rows for the vocabulary [`LOGIT_ROWS`] at a time.
+fn blocks(uses: &[LogitUse]) -> Vec<Block> {
+    let classified = |usage: &LogitUse| if let LogitUse::Pool { id } = *usage { Some(id) } else { None };
+    let (mut blocks, mut row) = (Vec::new(), 0);
+    while row < uses.len() {
+        let classifies = classified(&uses[row]);
+        let rows = uses[row..].iter().take(LOGIT_ROWS).take_while(|u| classified(u).is_none()).count().max(1);
+        blocks.push(Block { uses: row..row + rows, classifies });
+        row += rows;
     }
+    blocks
 }
 
 impl Runner {
@@ -74,7 +83,8 @@ impl Runner {
             }
         }
         let (batch, uses) = batcher::build(step, scheduler, self.model.info().hidden_size);
-        Ok(Prepared { batch, uses })
+        let blocks = blocks(&uses);
+        Ok(Prepared { batch, uses, blocks })
     }
 
     /// Runs a step and hands the wanted rows of logits, `[n, vocab]` or `[1, labels]`, to `take`, a block at a time. `head`
@@ -92,20 +102,20 @@ impl Runner {
         let forward = self.model.forward(&prepared.batch, &self.kv)?;
         let mut time = began.elapsed();
         let Some(hidden) = forward.hidden else { return Ok(time) };
-        for block in prepared.blocks() {
-            let hidden = hidden.narrow(0, block.start, block.len())?;
-            let uses = &prepared.uses[block];
+        for block in &prepared.blocks {
+            let hidden = hidden.narrow(0, block.uses.start, block.uses.len())?;
+            let uses = &prepared.uses[block.uses.clone()];
             let began = Instant::now();
-            let (logits, class) = match uses[0] {
-                LogitUse::Pool { id } => {
+            let logits = match block.classifies {
+                Some(id) => {
                     let head = head(id).ok_or_else(|| Error::internal("a classified sequence without a head"))?;
-                    (self.model.classify(&hidden, head)?, true)
+                    self.model.classify(&hidden, head)?
                 }
-                _ => (self.model.logits(&hidden)?, false),
+                None => self.model.logits(&hidden)?,
             };
             time += began.elapsed();
             match &forward.carried {
-                Some(carried) if !class => take(uses, Logits::Device(&logits, carried))?,
+                Some(carried) if block.classifies.is_none() => take(uses, Logits::Device(&logits, carried))?,
                 _ => with_values(&logits, |logits| take(uses, Logits::Host(logits)))?,
             }
         }

@@ -14,19 +14,19 @@ use crate::ops::activation::Activation;
 use crate::ops::embed::{self, Embedding, RowSource};
 use crate::ops::feed_forward::feed_forward;
 use crate::ops::float;
-use crate::ops::gpu::{Buffer, DeviceRows, Gpu};
+use crate::ops::gpu::{Buffer, DeviceRows};
 use crate::ops::kv_write::device::{Projection, project};
 use crate::ops::linear::Linear;
 use crate::ops::norm::Norm;
 use crate::ops::prefix_attention::device::{self, DevicePlan, Uploads};
 use crate::ops::prefix_attention::{
-    Attention, KvLayout, PAGE, PackedOnDevice, PackedPlan, Plan, packed_attention, prefix_attention,
+    Attention, KvLayout, PackedOnDevice, PackedPlan, Plan, packed_attention, prefix_attention,
 };
 use crate::ops::rope::{self, Frequencies, Heads, Turns};
 use crate::ops::{Machine, Vector};
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
-use steps::{Graphs, Shape, Steps};
+use steps::{Graphs, Steps};
 
 pub use training::PackedRows;
 
@@ -188,41 +188,6 @@ impl Decoder {
         let view = View::Paged { kv, plan, slots: batch.slots.as_slice().into() };
         let hidden = self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })?;
         Ok(Forward { hidden, carried: None })
-    }
-
-    /// The same on a GPU.
-    fn forward_on(&self, gpu: &Gpu, steps: &mut Steps, batch: &Batch, kv: &KvPool) -> Result<Forward> {
-        let Steps { uploads, no_soft, graphs } = steps;
-        let table: Vec<u32> = batch.pages.iter().map(|page| page * PAGE as u32).collect();
-        let attentions = || self.config.layers.iter().map(|facts| facts.attention);
-        let first = attentions().next().ok_or_else(|| Error::internal("a model without layers"))?;
-        let step = device::Step {
-            sequences: &batch.sequences,
-            table: &table,
-            slots: kv.pages() * PAGE,
-            layout: self.kv_layout(),
-            heads: self.config.num_heads,
-            attention: first,
-        };
-        let rows = (&*batch.inputs, &*batch.positions, &*batch.slots);
-        let there = uploads.put(rows, &step, attentions(), &batch.carried)?;
-        let (rows, launched) = (batch.inputs.len(), there.launched());
-        let soft = if batch.soft.is_empty() {
-            no_soft.clone()
-        } else {
-            self.machine.rows(&batch.soft, self.config.hidden_size)?
-        };
-        // What a recorded launch does not look at again.
-        embed::device::check(&self.embedding, &there.rows, soft.dim(0)?)?;
-        kv.device(0)?.fits(&there.rows)?;
-        let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && batch.logit_rows.len() == rows;
-        let pass = Pass { at: At::Device(there.rows), view: View::Device { kv, plans: there.plans } };
-        let work = || self.run(&batch.inputs, &soft, &batch.logit_rows, &pass);
-        let hidden = match graphs {
-            Some(graphs) if decodes => graphs.run(gpu, Shape { pool: kv.id(), rows, launched }, work)?,
-            _ => work()?,
-        };
-        Ok(Forward { hidden, carried: Some(there.carried) })
     }
 
     fn at(&self, inputs: &[RowSource], positions: &[u32]) -> Result<At> {

@@ -90,7 +90,7 @@ fn cuda_decodes_with_one_copy_one_graph_and_one_wait_a_step() {
         assert!(well, "{text}");
         Some(counts(&text))
     };
-    // All in one page of the pool: debug builds poison a new one, which costs copies.
+    // The 13 rows more lie in a page of the pool that the shorter run has opened too: debug builds poison a new one, which costs copies.
     let Some(few) = run(11) else { return };
     let many = run(24).unwrap();
     let [graphs, to, from, waits]: [i64; 4] = std::array::from_fn(|i| many[i] - few[i]);

@@ -56,7 +56,7 @@ fn sampled_tokens_follow_from_the_logits() {
     let model = Model::load(&source::resolve(MODEL).unwrap(), LoadOptions::default()).unwrap();
     let mut rng = StdRng::seed_from_u64(7);
     let mut pick = |of: &[f32]| of[rng.random_range(0..of.len())];
-    let asks: Vec<(Vec<u32>, Request)> = (0..48u64)
+    let asks: Vec<(Vec<u32>, Request)> = (0..72u64)
         .map(|i| {
             // Some begin alike, so that they share blocks.
             let prompt: Vec<u32> = (0..5 + i as u32 % 4 * 9).map(|t| 5 + t * 7 % 50).collect();
@@ -80,7 +80,8 @@ fn sampled_tokens_follow_from_the_logits() {
     let ends = want.iter().filter(|(_, reason)| *reason == FinishReason::Stop).count();
     println!("{ends} of {} end by themselves", want.len());
     assert!(ends > 2 && ends < want.len());
-    for (kv_tokens, max_batch_tokens, max_sequences) in [(4096, 512, 64), (160, 24, 7)] {
+    // Once all in one step, which takes two blocks of logits.
+    for (kv_tokens, max_batch_tokens, max_sequences) in [(8192, 2048, 72), (160, 24, 7)] {
         let config = EngineConfig { kv_tokens, max_batch_tokens, max_sequences, ..EngineConfig::default() };
         let engine = Engine::start(load(MODEL, DtypeChoice::F32), &config).unwrap();
         let got = ask_all(&engine.handle(), asks.iter().map(|(_, r)| r.clone()).collect());

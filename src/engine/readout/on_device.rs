@@ -51,9 +51,10 @@ impl<'a> Choosing<'a> {
         eos: &[u32],
     ) -> Result<Self> {
         let (mut whose, mut receivers, mut plans) = (Vec::new(), Vec::new(), Vec::new());
-        for block in prepared.blocks() {
+        // A class is read on the processor.
+        for block in prepared.blocks.iter().filter(|block| block.classifies.is_none()) {
             let (mut choices, mut wanted, at) = (Choices::default(), Vec::new(), whose.len());
-            for (row, usage) in prepared.uses[block.clone()].iter().enumerate() {
+            for (row, usage) in prepared.uses[block.uses.clone()].iter().enumerate() {
                 match *usage {
                     LogitUse::Sample { id } => {
                         let (Some(s), Some(entry)) = (sequences.get_mut(&id), scheduler.get(id)) else { continue };
@@ -75,13 +76,10 @@ impl<'a> Choosing<'a> {
                         wanted.push(Wanted { row, of: Of::Token(token), top: s.top_logprobs.unwrap_or(0) });
                         receivers.push(For::Score(id, index, token));
                     }
-                    // A class is read on the processor.
-                    LogitUse::Pool { .. } => continue,
+                    LogitUse::Pool { .. } => return Err(Error::internal("a class is not read from the vocabulary")),
                 }
             }
-            if !matches!(prepared.uses[block.start], LogitUse::Pool { .. }) {
-                plans.push(sampling.plan(block.len(), at, &choices, &wanted, &mut prepared.batch.carried)?);
-            }
+            plans.push(sampling.plan(block.uses.len(), at, &choices, &wanted, &mut prepared.batch.carried)?);
         }
         Ok(Choosing { sampling, whose, receivers, plans: plans.into_iter(), scores: Vec::new() })
     }
@@ -95,6 +93,9 @@ impl<'a> Choosing<'a> {
 
     /// All of the step is launched.
     pub fn finish(self) -> Result<Chosen> {
+        if self.plans.len() > 0 {
+            return Err(Error::internal("a planned block of logits did not come"));
+        }
         let tokens = self.sampling.finish(self.whose.len())?;
         Ok(Chosen { whose: self.whose, receivers: self.receivers, scores: self.scores, tokens })
     }

@@ -1,8 +1,13 @@
 //! Steps of serving on a GPU: one upload each, and for decoding a recorded graph of all launches, where a step of that shape comes
 //! again. A step of a small model is else bound by what it takes to launch three hundred kernels.
-use crate::error::Result;
+use super::super::batch::{Batch, Forward};
+use super::{At, Decoder, Pass, View};
+use crate::error::{Error, Result};
+use crate::kv::KvPool;
+use crate::ops::embed;
 use crate::ops::gpu::{Gpu, Recorded};
-use crate::ops::prefix_attention::device::{Launched, Uploads};
+use crate::ops::prefix_attention::PAGE;
+use crate::ops::prefix_attention::device::{self, Launched, Uploads};
 use candle_core::Tensor;
 use std::collections::HashMap;
 
@@ -19,15 +24,51 @@ pub struct Steps {
     pub graphs: Option<Graphs>,
 }
 
+impl Decoder {
+    /// [`Decoder::forward`] on a GPU.
+    pub(super) fn forward_on(&self, gpu: &Gpu, steps: &mut Steps, batch: &Batch, kv: &KvPool) -> Result<Forward> {
+        let Steps { uploads, no_soft, graphs } = steps;
+        let table: Vec<u32> = batch.pages.iter().map(|page| page * PAGE as u32).collect();
+        let attentions = || self.config.layers.iter().map(|facts| facts.attention);
+        let first = attentions().next().ok_or_else(|| Error::internal("a model without layers"))?;
+        let step = device::Step {
+            sequences: &batch.sequences,
+            table: &table,
+            slots: kv.pages() * PAGE,
+            layout: self.kv_layout(),
+            heads: self.config.num_heads,
+            attention: first,
+        };
+        let rows = (&*batch.inputs, &*batch.positions, &*batch.slots);
+        let there = uploads.put(rows, &step, attentions(), &batch.carried)?;
+        let (rows, launched) = (batch.inputs.len(), there.launched());
+        let soft = if batch.soft.is_empty() {
+            no_soft.clone()
+        } else {
+            self.machine.rows(&batch.soft, self.config.hidden_size)?
+        };
+        // What a recorded launch does not look at again.
+        embed::device::check(&self.embedding, &there.rows, soft.dim(0)?)?;
+        kv.device(0)?.fits(&there.rows)?;
+        let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && batch.logit_rows.len() == rows;
+        let pass = Pass { at: At::Device(there.rows), view: View::Device { kv, plans: there.plans } };
+        let work = || self.run(&batch.inputs, &soft, &batch.logit_rows, &pass);
+        let hidden = match graphs {
+            Some(graphs) if decodes => graphs.run(gpu, Shape { pool: kv.id(), rows, launched }, work)?,
+            _ => work()?,
+        };
+        Ok(Forward { hidden, carried: Some(there.carried) })
+    }
+}
+
 /// What the launches of a step depend on. What else differs between steps lies on the device, in the same places.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Shape {
+struct Shape {
     /// The pool that they write to.
-    pub pool: u64,
-    /// Rows.
-    pub rows: usize,
+    pool: u64,
+    rows: usize,
     /// The rest.
-    pub launched: (usize, Vec<Launched>),
+    launched: (usize, Vec<Launched>),
 }
 
 /// Recorded steps.
@@ -55,12 +96,7 @@ enum State {
 impl Graphs {
     /// What `work` gives, `[rows, hidden]`, by the graph of its shape if there is one. It is there until the next step. A shape is recorded
     /// when it comes the second time: by then every kernel is loaded.
-    pub fn run(
-        &mut self,
-        gpu: &Gpu,
-        shape: Shape,
-        work: impl Fn() -> Result<Option<Tensor>>,
-    ) -> Result<Option<Tensor>> {
+    fn run(&mut self, gpu: &Gpu, shape: Shape, work: impl Fn() -> Result<Option<Tensor>>) -> Result<Option<Tensor>> {
         self.clock += 1;
         if self.known.len() >= MOST && !self.known.contains_key(&shape) {
             let oldest = self.known.iter().min_by_key(|(_, known)| known.used).map(|(shape, _)| shape.clone());

@@ -4,21 +4,25 @@ use super::{Buffer, Gpu, Plain};
 use candle_core::Result;
 use std::sync::Arc;
 
-/// Words on the device, from element `at` of a buffer on. Made by the copy that they went over in, and good until the next one.
-#[derive(Clone)]
+/// Words on the device: `len` elements of a buffer from `start` on. Made by the copy that they went over in, and good until the next one.
 pub struct Carried {
     buffer: Arc<Buffer>,
-    at: usize,
+    start: usize,
+    len: usize,
 }
 
 impl Carried {
-    pub(in crate::ops) fn new(buffer: &Arc<Buffer>, at: usize) -> Self {
-        Carried { buffer: buffer.clone(), at }
+    pub(in crate::ops) fn new(buffer: &Arc<Buffer>, start: usize, len: usize) -> Self {
+        Carried { buffer: buffer.clone(), start, len }
+    }
+
+    pub(in crate::ops) fn len(&self) -> usize {
+        self.len
     }
 
     /// Buffer, and the element that word `word` is.
     pub(in crate::ops) fn word(&self, word: usize) -> (&Buffer, usize) {
-        (&self.buffer, self.at + word)
+        (&self.buffer, self.start + word)
     }
 }
 
@@ -36,6 +40,11 @@ impl Words {
         at
     }
 
+    /// How many there are.
+    pub(in crate::ops) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Adds all of `other`; returns the word at which it starts.
     pub fn append(&mut self, other: &Words) -> usize {
         self.add(&other.0)
@@ -43,7 +52,7 @@ impl Words {
 
     /// By themselves on the device.
     pub fn carry(&self, gpu: &Gpu) -> Result<Carried> {
-        Ok(Carried { buffer: Arc::new(self.upload(gpu)?), at: 0 })
+        Ok(Carried { buffer: Arc::new(self.upload(gpu)?), start: 0, len: self.len() })
     }
 
     /// In a buffer of their own.

@@ -81,7 +81,7 @@ struct RawWanted {
 // SAFETY: four numbers of 4 bytes.
 unsafe impl Plain for RawWanted {}
 
-/// The tokens to choose in one step. Cleared and filled again by the next.
+/// The tokens to choose from a block of rows.
 #[derive(Default)]
 pub struct Choices {
     rows: Vec<Choice>,
@@ -89,12 +89,6 @@ pub struct Choices {
 }
 
 impl Choices {
-    /// Forgets all.
-    pub fn clear(&mut self) {
-        self.rows.clear();
-        self.changes.clear();
-    }
-
     /// How many there are.
     pub fn len(&self) -> usize {
         self.rows.len()
@@ -158,7 +152,7 @@ fn number(v: usize) -> u32 {
 pub enum Of {
     /// This one's.
     Token(u32),
-    /// That of the token which this choice of the same call takes, counted from 0.
+    /// That of the token which this choice of the same plan takes, counted from 0.
     Choice(usize),
 }
 
@@ -218,9 +212,11 @@ pub struct Plan {
     at: usize,
     /// Tokens to choose.
     count: usize,
-    choices: usize,
-    changes: usize,
-    wanted: usize,
+    /// Where lists start among the words, and where all end.
+    choices_at: usize,
+    changes_at: usize,
+    wanted_at: usize,
+    end: usize,
     /// Of each that is wanted, how many more.
     tops: Vec<usize>,
 }
@@ -275,21 +271,27 @@ impl Sampling {
             bail!("sample: {} tokens in a step, {room} have room", at + count);
         }
         let raw = wanted.iter().map(|w| w.raw(rows, count)).collect::<Result<Vec<_>>>()?;
-        let [choices, changes, wanted_at] = [words.add(&choices.rows), words.add(&choices.changes), words.add(&raw)];
+        let choices_at = words.add(&choices.rows);
+        let changes_at = words.add(&choices.changes);
+        let wanted_at = words.add(&raw);
         let tops = wanted.iter().map(|w| w.top).collect();
-        Ok(Plan { rows, at, count, choices, changes, wanted: wanted_at, tops })
+        Ok(Plan { rows, at, count, choices_at, changes_at, wanted_at, end: words.len(), tops })
     }
 
-    /// Chooses the tokens of `plan`, whose words lie in `carried`, from logits `[rows, vocab]`. Then computes what is wanted of the
+    /// Chooses the tokens of `plan`, whose words went over in `carried` with the pass that gave these logits, from logits `[rows, vocab]`. Then computes what is wanted of the
     /// log-probabilities of these rows.
     pub fn choose(&mut self, logits: &Tensor, plan: &Plan, carried: &Carried) -> Result<Option<Scores>> {
         let rows = logits.dims2()?.0;
         if rows != plan.rows {
             bail!("sample: {rows} rows of logits, planned for {}", plan.rows);
         }
+        if plan.end > carried.len() {
+            bail!("sample: {} words were carried, the plan has {}", carried.len(), plan.end);
+        }
         self.gpu.with("sample", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let ([choices, changes], tokens) = ([plan.choices, plan.changes].map(|w| carried.word(w)), &self.tokens);
+            let [choices, changes] = [plan.choices_at, plan.changes_at].map(|word| carried.word(word));
+            let tokens = &self.tokens;
             let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(choices.0, choices.1, 4);
             let call = call.buffer(changes.0, changes.1, 4).buffer(&self.before, 0, 4).buffer(tokens, plan.at, 4);
             let grid = Grid { blocks: [number(plan.count), 1, 1], threads: THREADS, shared: SHARED };
@@ -306,7 +308,7 @@ impl Sampling {
         Buffer::make_room(&mut self.scores, &self.gpu, words * size_of::<u32>())?;
         self.gpu.with("logprobs", &[logits], |views| {
             let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let wanted = carried.word(plan.wanted);
+            let wanted = carried.word(plan.wanted_at);
             let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(wanted.0, wanted.1, 4);
             let call = call.buffer(&self.tokens, plan.at, 4).buffer(&self.scores, 0, 4);
             let grid = Grid { blocks: [number(tops.len()), 1, 1], threads: THREADS, shared: SHARED };

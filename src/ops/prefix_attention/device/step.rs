@@ -31,7 +31,9 @@ pub struct OnDevice {
 impl Uploads {
     /// `scratch` as of [`DevicePlan::new`]; `sampled` holds the tokens that the step before chose.
     pub fn new(gpu: &Gpu, scratch: &Arc<Buffer>, sampled: &Arc<Buffer>) -> Result<Self> {
-        let words = Arc::new(Buffer::poisoned(gpu, 1 << 16)?);
+        // Tests outgrow it.
+        let room = if cfg!(debug_assertions) { 1 << 12 } else { 1 << 20 };
+        let words = Arc::new(Buffer::poisoned(gpu, room)?);
         Ok(Uploads { gpu: gpu.clone(), words, scratch: scratch.clone(), sampled: sampled.clone() })
     }
 
@@ -60,7 +62,7 @@ impl Uploads {
         let lists: Vec<_> = lists.into_iter().map(|(a, list)| (a, words.add(&list.data), list)).collect();
         // What a graph reads is in the same places each time. The length of the table changes, so what no graph reads comes after it.
         let table = words.add(step.table);
-        let carried = words.append(carried);
+        let carried_at = words.append(carried);
         words.replace(&self.gpu, &mut self.words)?;
         let plan = |(attention, at, list)| {
             let step = Step { attention, ..*step };
@@ -68,7 +70,7 @@ impl Uploads {
         };
         let rows = DeviceRows::within((&self.words, rows_at), Some(&self.sampled), sources, positions, slots);
         let plans = lists.into_iter().map(plan).collect();
-        let carried = Carried::new(&self.words, carried);
+        let carried = Carried::new(&self.words, carried_at, carried.len());
         Ok(OnDevice { rows: Arc::new(rows), plans, carried, room: self.words.bytes() })
     }
 }

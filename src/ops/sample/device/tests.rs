@@ -266,7 +266,7 @@ fn changes_are_sorted_and_bans_outweigh() {
     // Ids beyond the vocabulary are nobody's.
     let logits = Tensor::new(&[[0f32, 2.0, 1.0, 1.5]], &Device::Cpu).unwrap();
     assert_eq!(tokens(&logits, &choices, &[], &[0]), [2, 1]);
-    choices.clear();
+    choices = Choices::default();
     assert!(choices.is_empty() && tokens(&logits, &choices, &[], &[0]).is_empty());
 }
 
@@ -330,7 +330,7 @@ fn what_does_not_fit_is_refused() {
     assert!(try_at(&three, 64, &choices).unwrap_err().to_string().contains("65 tokens in a step"));
     choices.push(0, &filter, 0.0, &Penalties { pending: Some(64), ..Penalties::NONE }, [], &[]);
     assert!(try_at(&three, 0, &choices).unwrap_err().to_string().contains("place 64 of 64"));
-    choices.clear();
+    choices = Choices::default();
     choices.push(0, &filter, 0.0, &Penalties::NONE, [], &[]);
     for (row, of, top) in [(2, Of::Token(0), 0), (0, Of::Choice(1), 0), (0, Of::Token(0), MOST_TOP + 1)] {
         assert!(choose(&mut sampling, &logits, 0, &choices, &[Wanted { row, of, top }]).is_err());
@@ -351,5 +351,47 @@ fn what_does_not_fit_is_refused() {
             .to_string()
             .contains("2 rows of logits, planned for 3")
     );
+    let none = Words::default().carry(&sampling.gpu).unwrap();
+    let three = sampling.choose(&three, &plan, &none).map(drop);
+    assert!(three.unwrap_err().to_string().contains("0 words were carried"));
     assert_eq!(Sampling::most(&sampling.before), 64);
+}
+
+/// Two blocks of rows, each with changes and wanted log-probabilities, in one copy.
+#[test]
+fn blocks_of_a_step_go_over_together() {
+    let mut rng = StdRng::seed_from_u64(5);
+    let blocks: Vec<(Tensor, Vec<Case>)> = [3, 2]
+        .map(|count| {
+            let values = rows(&mut rng, count, 300);
+            let cases = values.chunks(300).map(|row| Case { unread: None, ..Case::random(&mut rng, row) }).collect();
+            (Tensor::from_vec(values, (count, 300), &Device::Cpu).unwrap(), cases)
+        })
+        .into();
+    let (mut sampling, mut words) = (sampling(0, &[]), Words::default());
+    let (mut plans, mut at) = (Vec::new(), 0);
+    for (logits, cases) in &blocks {
+        let mut choices = Choices::default();
+        (0..).zip(cases).for_each(|(row, case)| case.push(&mut choices, row));
+        let wanted = [Wanted { row: 1, of: Of::Choice(1), top: 2 }];
+        plans.push(sampling.plan(logits.dims()[0], at, &choices, &wanted, &mut words).unwrap());
+        at += cases.len();
+    }
+    let carried = words.carry(&sampling.gpu).unwrap();
+    let mut scores = Vec::new();
+    for ((logits, _), plan) in blocks.iter().zip(&plans) {
+        scores.push(sampling.choose(logits, plan, &carried).unwrap().unwrap().wait().unwrap());
+    }
+    let got = sampling.finish(at).unwrap().wait().unwrap();
+    let mut alone = Vec::new();
+    for (i, (logits, cases)) in blocks.iter().enumerate() {
+        let mut choices = Choices::default();
+        (0..).zip(cases).for_each(|(row, case)| case.push(&mut choices, row));
+        let wanted = [Wanted { row: 1, of: Of::Choice(1), top: 2 }];
+        let mut one = self::sampling(0, &[]);
+        let score = choose(&mut one, logits, 0, &choices, &wanted).unwrap().unwrap().wait().unwrap();
+        assert_eq!(format!("{score:?}"), format!("{:?}", scores[i]));
+        alone.extend(one.finish(cases.len()).unwrap().wait().unwrap());
+    }
+    assert_eq!(got, alone);
 }
