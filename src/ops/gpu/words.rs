@@ -52,7 +52,7 @@ impl Words {
 
     /// By themselves on the device.
     pub fn carry(&self, gpu: &Gpu) -> Result<Carried> {
-        Ok(Carried { buffer: Arc::new(self.upload(gpu)?), start: 0, len: self.len() })
+        Ok(Carried::new(&Arc::new(self.upload(gpu)?), 0, self.len()))
     }
 
     /// In a buffer of their own.

@@ -278,8 +278,8 @@ impl Sampling {
         Ok(Plan { rows, at, count, choices_at, changes_at, wanted_at, end: words.len(), tops })
     }
 
-    /// Chooses the tokens of `plan`, whose words went over in `carried` with the pass that gave these logits, from logits `[rows, vocab]`. Then computes what is wanted of the
-    /// log-probabilities of these rows.
+    /// Chooses the tokens of `plan` from logits `[rows, vocab]`; its words went over in `carried`, with the pass that gave these logits. Then
+    /// computes what is wanted of the log-probabilities of these rows.
     pub fn choose(&mut self, logits: &Tensor, plan: &Plan, carried: &Carried) -> Result<Option<Scores>> {
         let rows = logits.dims2()?.0;
         if rows != plan.rows {
@@ -295,7 +295,8 @@ impl Sampling {
             let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(choices.0, choices.1, 4);
             let call = call.buffer(changes.0, changes.1, 4).buffer(&self.before, 0, 4).buffer(tokens, plan.at, 4);
             let grid = Grid { blocks: [number(plan.count), 1, 1], threads: THREADS, shared: SHARED };
-            // SAFETY: the kernel's arguments; rows and places were checked, and as many choices and changes written as they say.
+            // SAFETY: the kernel's arguments; `plan` checked rows and places and wrote as many choices and changes as it says, and as many words
+            // were carried.
             unsafe { call.int(vocab).launch(grid) }
         })?;
         if plan.tops.is_empty() { Ok(None) } else { self.score(logits, plan, carried).map(Some) }

@@ -361,37 +361,28 @@ fn what_does_not_fit_is_refused() {
 #[test]
 fn blocks_of_a_step_go_over_together() {
     let mut rng = StdRng::seed_from_u64(5);
-    let blocks: Vec<(Tensor, Vec<Case>)> = [3, 2]
-        .map(|count| {
-            let values = rows(&mut rng, count, 300);
-            let cases = values.chunks(300).map(|row| Case { unread: None, ..Case::random(&mut rng, row) }).collect();
-            (Tensor::from_vec(values, (count, 300), &Device::Cpu).unwrap(), cases)
-        })
-        .into();
-    let (mut sampling, mut words) = (sampling(0, &[]), Words::default());
-    let (mut plans, mut at) = (Vec::new(), 0);
-    for (logits, cases) in &blocks {
-        let mut choices = Choices::default();
-        (0..).zip(cases).for_each(|(row, case)| case.push(&mut choices, row));
-        let wanted = [Wanted { row: 1, of: Of::Choice(1), top: 2 }];
-        plans.push(sampling.plan(logits.dims()[0], at, &choices, &wanted, &mut words).unwrap());
-        at += cases.len();
-    }
+    let wanted = [Wanted { row: 1, of: Of::Choice(1), top: 2 }];
+    let blocks = [3, 2].map(|count| {
+        let (values, mut choices) = (rows(&mut rng, count, 300), Choices::default());
+        for (row, values) in values.chunks(300).enumerate() {
+            Case { unread: None, ..Case::random(&mut rng, values) }.push(&mut choices, row);
+        }
+        (Tensor::from_vec(values, (count, 300), &Device::Cpu).unwrap(), choices)
+    });
+    let (mut sampling, mut words, mut at) = (sampling(0, &[]), Words::default(), 0);
+    let plans = blocks.each_ref().map(|(logits, choices)| {
+        let plan = sampling.plan(logits.dims()[0], at, choices, &wanted, &mut words).unwrap();
+        at += choices.len();
+        plan
+    });
     let carried = words.carry(&sampling.gpu).unwrap();
-    let mut scores = Vec::new();
-    for ((logits, _), plan) in blocks.iter().zip(&plans) {
-        scores.push(sampling.choose(logits, plan, &carried).unwrap().unwrap().wait().unwrap());
-    }
-    let got = sampling.finish(at).unwrap().wait().unwrap();
     let mut alone = Vec::new();
-    for (i, (logits, cases)) in blocks.iter().enumerate() {
-        let mut choices = Choices::default();
-        (0..).zip(cases).for_each(|(row, case)| case.push(&mut choices, row));
-        let wanted = [Wanted { row: 1, of: Of::Choice(1), top: 2 }];
+    for ((logits, choices), plan) in blocks.iter().zip(&plans) {
+        let together = sampling.choose(logits, plan, &carried).unwrap().unwrap().wait().unwrap();
         let mut one = self::sampling(0, &[]);
-        let score = choose(&mut one, logits, 0, &choices, &wanted).unwrap().unwrap().wait().unwrap();
-        assert_eq!(format!("{score:?}"), format!("{:?}", scores[i]));
-        alone.extend(one.finish(cases.len()).unwrap().wait().unwrap());
+        let score = choose(&mut one, logits, 0, choices, &wanted).unwrap().unwrap().wait().unwrap();
+        assert_eq!(format!("{score:?}"), format!("{together:?}"));
+        alone.extend(one.finish(choices.len()).unwrap().wait().unwrap());
     }
-    assert_eq!(got, alone);
+    assert_eq!(sampling.finish(at).unwrap().wait().unwrap(), alone);
 }
