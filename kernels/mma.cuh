@@ -27,12 +27,13 @@ MMA(__half, "f16")
 template <typename T> __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     auto& s = cuda_cpu::sched();
     const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    memcpy(s.current->slot, mine, sizeof mine);
-    cuda_cpu::warp_sync(FULL_WARP);
+    memcpy(s.current->brought, mine, sizeof mine);
+    cuda_cpu::meet(FULL_WARP, cuda_cpu::GATHER);
+    const auto& gathered = s.warps[s.current->linear / 32].gathered;
     const int lane = s.current->linear & 31, g = lane / 4, t = lane % 4;
     auto element = [&](int of, int reg, int high) {
         T v;
-        memcpy(&v, cuda_cpu::lane(of)->slot + 4 * reg + 2 * high, 2);
+        memcpy(&v, gathered[of] + 4 * reg + 2 * high, 2);
         return to_float(v);
     };
     for (int i = 0; i < 4; i++) {
@@ -42,7 +43,6 @@ template <typename T> __device__ __forceinline__ void mma_m16n8k16(float (&d)[4]
             d[i] += x * element(col * 4 + k % 8 / 2, 4 + k / 8, k & 1);
         }
     }
-    cuda_cpu::warp_sync(FULL_WARP);
 }
 #endif
 

@@ -59,6 +59,10 @@ asm(".text\n.weak cuda_cpu_switch\n.type cuda_cpu_switch,@function\ncuda_cpu_swi
 
 namespace cuda_cpu {
 enum State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
+// What the lanes of a warp meet for.
+enum Meeting { SYNC, SHUFFLE, BALLOT, GATHER };
+// Bytes that a lane can bring.
+constexpr size_t MOST_BROUGHT = 32;
 
 struct Fiber {
     void* stack_pointer;
@@ -66,7 +70,16 @@ struct Fiber {
     dim3 thread;
     unsigned linear, mask;
     State state;
-    alignas(16) unsigned char slot[32];  // what the other lanes of its warp read
+    Meeting meeting;
+    int source;  // the lane that it reads
+    // To a meeting, and from it.
+    alignas(16) unsigned char brought[MOST_BROUGHT], taken[MOST_BROUGHT];
+};
+
+// Lanes of a warp, a bit each; and what all of them brought to the last meeting that gathered it.
+struct Warp {
+    unsigned ready, at_barrier, done;
+    alignas(16) unsigned char gathered[32][MOST_BROUGHT];
 };
 
 // What a block can have on sm_86, the least of those we compile for.
@@ -75,7 +88,8 @@ constexpr size_t MOST_SHARED = 99 << 10;
 struct Scheduler {
     void* main;
     std::vector<Fiber> fibers;  // those of the largest block so far; a block has the first `threads`
-    unsigned threads = 0;
+    unsigned threads = 0, order = 0;
+    Warp warps[32];
     Fiber* current = nullptr;
     const std::function<void()>* body = nullptr;
     dim3 block, block_dim, grid_dim;
@@ -94,45 +108,71 @@ constexpr size_t STACK = 64 << 10;
     cuda_cpu_switch(&sched().current->stack_pointer, sched().main);
     abort();
 }
-inline void yield() { cuda_cpu_switch(&sched().current->stack_pointer, sched().main); }
-inline void entry() {
+inline unsigned bit(const Fiber* f) { return 1u << (f->linear & 31); }
+// Goes on elsewhere: in its warp while that can, in the order of the launch, then where all began.
+inline void yield() {
     auto& s = sched();
-    (*s.body)();
-    s.current->state = DONE;
-    cuda_cpu_switch(&s.current->stack_pointer, s.main);
+    auto* c = s.current;
+    unsigned& ready = s.warps[c->linear / 32].ready;
+    ready &= ~bit(c);
+    void* to = s.main;
+    if (s.order < 2 && ready) {
+        const unsigned behind = s.order == 0 ? ready & ~(bit(c) - 1) : ready & (bit(c) - 1), from = behind ? behind : ready;
+        s.current = &s.fibers[(c->linear & ~31u) + (s.order == 0 ? __builtin_ctz(from) : 31 - __builtin_clz(from))];
+        to = s.current->stack_pointer;
+    }
+    cuda_cpu_switch(&c->stack_pointer, to);
+}
+inline void entry() {
+    auto* c = sched().current;
+    (*sched().body)();
+    c->state = DONE;
+    sched().warps[c->linear / 32].done |= bit(c);
+    yield();
     abort();
 }
-inline Fiber* lane(unsigned l) {
+// The lanes of `mask` wait for each other. The last one to come hands each what it came for and wakes them. What is gathered is there until
+// all lanes meet again.
+inline void meet(unsigned mask, Meeting meeting, int source = 0) {
     auto& s = sched();
-    const unsigned i = (s.current->linear & ~31u) + l;
-    return i < s.threads ? &s.fibers[i] : nullptr;
-}
-inline void warp_sync(unsigned mask) {
-    auto* c = sched().current;
-    if (!(mask >> (c->linear & 31) & 1)) die("a thread calls a warp function with a mask that leaves it out");
+    auto* c = s.current;
+    auto& warp = s.warps[c->linear / 32];
+    auto* lanes = &s.fibers[c->linear & ~31u];
+    const unsigned count = s.threads - (c->linear & ~31u);
+    if (!(mask & bit(c))) die("a thread calls a warp function with a mask that leaves it out");
+    if (mask & warp.done || (count < 32 && mask >> count)) die("a warp mask names a lane that does not exist or has exited");
+    if (meeting == SHUFFLE && !(mask >> source & 1)) die("a shuffle reads a lane outside of its mask");
     c->state = AT_WARP_BARRIER;
     c->mask = mask;
+    c->meeting = meeting;
+    c->source = source;
+    warp.at_barrier |= bit(c);
+    unsigned votes = 0;
+    bool all = (warp.at_barrier & mask) == mask;
+    for (unsigned l = 0; all && l < 32; l++) {
+        if (!(mask >> l & 1)) continue;
+        all = lanes[l].mask == mask;
+        if (lanes[l].meeting != meeting) die("lanes of a warp meet in different functions");
+        votes |= (lanes[l].brought[0] & 1u) << l;
+    }
+    if (!all) return yield();
     for (unsigned l = 0; l < 32; l++) {
         if (!(mask >> l & 1)) continue;
-        auto* other = lane(l);
-        if (!other || other->state == DONE) die("a warp mask names a lane that does not exist or has exited");
-        if (other->state != AT_WARP_BARRIER || other->mask != mask) {
-            yield();  // the last lane to come wakes the others
-            return;
-        }
+        if (meeting == SHUFFLE) memcpy(lanes[l].taken, lanes[lanes[l].source].brought, MOST_BROUGHT);
+        if (meeting == BALLOT) memcpy(lanes[l].taken, &votes, sizeof votes);
+        if (meeting == GATHER) memcpy(warp.gathered[l], lanes[l].brought, MOST_BROUGHT);
+        lanes[l].state = READY;
     }
-    for (unsigned l = 0; l < 32; l++)
-        if (mask >> l & 1) lane(l)->state = READY;
+    warp.at_barrier &= ~mask;
+    warp.ready |= mask;
 }
 template <typename T> T exchange(unsigned mask, T v, int source) {
-    static_assert(sizeof(T) <= 32);
-    memcpy(sched().current->slot, &v, sizeof v);
-    warp_sync(mask);
-    if (source >= 0 && !(mask >> source & 1)) die("a shuffle reads a lane outside of its mask");
-    T r = v;
-    if (source >= 0) memcpy(&r, lane(source)->slot, sizeof r);
-    warp_sync(mask);
-    return r;
+    static_assert(sizeof(T) <= MOST_BROUGHT);
+    auto* c = sched().current;
+    memcpy(c->brought, &v, sizeof v);
+    meet(mask, SHUFFLE, source);
+    memcpy(&v, c->taken, sizeof v);
+    return v;
 }
 
 // order: 0 and 1 forward and backward, a warp as far as it can go before the next one starts; else the seed of a random order of all
@@ -149,6 +189,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
     if (n == 0 || n > 1024 || shared > MOST_SHARED) throw std::runtime_error("no threads, too many, or too much shared memory");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) throw std::runtime_error("no blocks, or too many");
     s.threads = n;
+    s.order = order;
     while (s.fibers.size() < n) s.fibers.emplace_back().stack.reset(new char[STACK]);
     const auto end = s.fibers.begin() + n;
     std::vector<unsigned> sequence(n);
@@ -168,6 +209,10 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
             f.state = READY;
             sequence[i] = order == 1 ? n - 1 - i : i;
         }
+        for (unsigned w = 0; w < 32; w++) {
+            s.warps[w].ready = n >= 32 * (w + 1) ? ~0u : n > 32 * w ? (1u << n % 32) - 1 : 0;
+            s.warps[w].at_barrier = s.warps[w].done = 0;
+        }
         for (unsigned done = 0; done < n;) {
             for (unsigned i = n - 1; order > 1 && i > 0; i--) {
                 random ^= random << 13;
@@ -186,7 +231,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
                         cuda_cpu_switch(&s.main, s.current->stack_pointer);
                         ran = true;
                         again = order < 2;
-                        if (!s.error.empty()) throw std::runtime_error(s.error + " (thread " + std::to_string(i) + ", block " + std::to_string(b) + ")");
+                        if (!s.error.empty())
+                            throw std::runtime_error(s.error + " (thread " + std::to_string(s.current->linear) + ", block " + std::to_string(b) + ")");
                     }
                 }
             }
@@ -199,8 +245,11 @@ inline void launch(dim3 grid, dim3 block, size_t shared, unsigned order, const s
             if (waiting && waiting + done == n) {
                 s.vote_result = s.vote;
                 s.vote = 0;
-                for (auto f = s.fibers.begin(); f != end; ++f)
-                    if (f->state == AT_BLOCK_BARRIER) f->state = READY;
+                for (auto f = s.fibers.begin(); f != end; ++f) {
+                    if (f->state != AT_BLOCK_BARRIER) continue;
+                    f->state = READY;
+                    s.warps[f->linear / 32].ready |= bit(&*f);
+                }
             } else if (!ran && done < n) {
                 throw std::runtime_error("deadlock: " + std::to_string(waiting) + " threads at __syncthreads, " + std::to_string(n - waiting - done) +
                                          " in a warp function, " + std::to_string(done) + " ended, block " + std::to_string(b));
@@ -240,7 +289,7 @@ inline int __syncthreads_or(int p) {
     __syncthreads();
     return cuda_cpu::sched().vote_result;
 }
-inline void __syncwarp(unsigned mask = ~0u) { cuda_cpu::warp_sync(mask); }
+inline void __syncwarp(unsigned mask = ~0u) { cuda_cpu::meet(mask, cuda_cpu::SYNC); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <typename T> T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
@@ -260,14 +309,12 @@ template <typename T> T __shfl_up_sync(unsigned mask, T v, int d, int width = 32
     return cuda_cpu::exchange(mask, v, (l & (width - 1)) >= d ? l - d : l);
 }
 inline unsigned __ballot_sync(unsigned mask, int p) {
-    const unsigned char b = p != 0;
-    memcpy(cuda_cpu::sched().current->slot, &b, 1);
-    cuda_cpu::warp_sync(mask);
-    unsigned r = 0;
-    for (unsigned l = 0; l < 32; l++)
-        if (mask >> l & 1) r |= (cuda_cpu::lane(l)->slot[0] & 1u) << l;
-    cuda_cpu::warp_sync(mask);
-    return r;
+    auto* c = cuda_cpu::sched().current;
+    c->brought[0] = p != 0;
+    cuda_cpu::meet(mask, cuda_cpu::BALLOT);
+    unsigned votes;
+    memcpy(&votes, c->taken, sizeof votes);
+    return votes;
 }
 inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }

@@ -38,16 +38,22 @@ API cublasGemmStridedBatchedEx(void* handle, int turn_a, int turn_b, int m, int 
     if (!sizes || !known(type_a) || type_a != type_b || !known(type_c) || compute != 68) return the().complain(7, "a product that cuBLAS refuses");
     const float x = *static_cast<const float*>(alpha), y = *static_cast<const float*>(beta);
     const int status = the().put(static_cast<Handle*>(handle)->stream, [=] {
-        for (int64_t i = 0; i < many; i++)
-            for (int64_t column = 0; column < n; column++)
-                for (int64_t row = 0; row < m; row++) {
-                    float sum = 0;
-                    for (int64_t l = 0; l < k; l++)
-                        sum += load(type_a, a, i * step_a + (turn_a ? row * lda + l : l * lda + row)) *
-                               load(type_b, b, i * step_b + (turn_b ? l * ldb + column : column * ldb + l));
-                    const int64_t at = i * step_c + column * ldc + row;
-                    store(type_c, c, at, x * sum + (y != 0 ? y * load(type_c, c, at) : 0));
+        std::vector<float> left(size_t(m) * k), sums(m);  // of A, rows together
+        for (int64_t i = 0; i < many; i++) {
+            for (int64_t l = 0; l < k; l++)
+                for (int64_t row = 0; row < m; row++) left[l * m + row] = load(type_a, a, i * step_a + (turn_a ? row * lda + l : l * lda + row));
+            for (int64_t column = 0; column < n; column++) {
+                std::fill(sums.begin(), sums.end(), 0.f);
+                for (int64_t l = 0; l < k; l++) {
+                    const float right = load(type_b, b, i * step_b + (turn_b ? l * ldb + column : column * ldb + l));
+                    for (int64_t row = 0; row < m; row++) sums[row] += left[l * m + row] * right;
                 }
+                for (int64_t row = 0; row < m; row++) {
+                    const int64_t at = i * step_c + column * ldc + row;
+                    store(type_c, c, at, x * sums[row] + (y != 0 ? y * load(type_c, c, at) : 0));
+                }
+            }
+        }
     });
     // Its codes are its own: CUBLAS_STATUS_EXECUTION_FAILED.
     return status ? 13 : 0;
