@@ -53,8 +53,8 @@ fn main() {
             }
         }
         if name == "bf16" && asked("jobs") {
-            for tokens in [8, 16, 32, 128] {
-                together(&model, tokens, tries);
+            for (sequences, tokens) in [(1, 8), (1, 16), (2, 8), (2, 16), (2, 32), (2, 128)] {
+                together(&model, sequences, tokens, tries);
             }
         }
     }
@@ -69,9 +69,10 @@ fn main() {
 }
 
 /// Eight jobs with two sequences each, in one batch and one after the other.
-fn together(model: &Model, tokens: usize, tries: usize) {
+fn together(model: &Model, sequences: usize, tokens: usize, tries: usize) {
     let mut jobs: Vec<Job> = (0..8).map(|_| job(model, Placement::Stored)).collect();
-    let data: Vec<Vec<Example>> = (0..8).map(|j| (0..2).map(|s| example(2 * j + s, tokens)).collect()).collect();
+    let of = |job: usize| (0..sequences).map(|s| example(sequences * job + s, tokens)).collect();
+    let data: Vec<Vec<Example>> = (0..8).map(of).collect();
     let data: Vec<&[Example]> = data.iter().map(Vec::as_slice).collect();
     let keep = Activations::Keep(usize::MAX);
     let at_once = median(tries, || step(model, &mut jobs.iter_mut().collect::<Vec<_>>(), &data, keep));
@@ -81,7 +82,7 @@ fn together(model: &Model, tokens: usize, tries: usize) {
         }
     });
     println!(
-        "8 jobs of 2 x {tokens}: {at_once:.3} s at once, {in_turn:.3} s in turn, {:.2} times as fast",
+        "8 jobs of {sequences} x {tokens}: {at_once:.3} s at once, {in_turn:.3} s in turn, {:.2} times as fast",
         in_turn / at_once
     );
 }

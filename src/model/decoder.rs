@@ -202,10 +202,25 @@ impl Decoder {
 
     fn run(&self, inputs: &[RowSource], soft: &Tensor, wanted: &[u32], pass: &Pass<'_>) -> Result<Option<Tensor>> {
         let mut hidden = self.embed(inputs, soft, &pass.at)?;
-        for index in 0..self.layers.len() {
-            hidden = self.layer(index, &hidden, pass)?;
+        let last = self.layers.len() - 1;
+        for index in 0..last {
+            hidden = self.layer(index, &hidden, pass, None)?;
         }
-        if wanted.is_empty() { Ok(None) } else { Ok(Some(self.finish(&hidden, wanted)?)) }
+        if wanted.is_empty() {
+            self.attend(last, &hidden, pass)?;
+            return Ok(None);
+        }
+        let rows = self.some(wanted, inputs.len())?;
+        Ok(Some(self.finish(&self.layer(last, &hidden, pass, rows.as_ref())?)?))
+    }
+
+    /// The numbers of the rows that are `wanted` of so many, where the model runs; `None` for all of them, as in decoding: they need no copy.
+    fn some(&self, wanted: &[u32], rows: usize) -> Result<Option<Tensor>> {
+        Ok(match self.machine.gpu() {
+            _ if wanted.iter().copied().eq(0..rows as u32) => None,
+            Some(gpu) => Some(gpu.upload(wanted, wanted.len())?),
+            None => Some(Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?),
+        })
     }
 
     /// Input rows -> `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
@@ -235,16 +250,9 @@ impl Decoder {
         })
     }
 
-    /// The rows `wanted` of the last layer's output, final norm applied.
-    pub fn finish(&self, hidden: &Tensor, wanted: &[u32]) -> Result<Tensor> {
-        // In decoding all rows are wanted: no copy of them.
-        let all = wanted.iter().copied().eq(0..hidden.dim(0)? as u32);
-        let rows = || match self.machine.gpu() {
-            Some(gpu) => gpu.upload(wanted, wanted.len()),
-            None => Tensor::from_slice(wanted, wanted.len(), &Device::Cpu),
-        };
-        let hidden = if all { hidden.clone() } else { hidden.index_select(&rows()?, 0)? };
-        Ok(if self.config.family.encoder { hidden } else { self.norm.forward(&hidden)? })
+    /// Rows of the last layer's output, with a decoder's final norm.
+    pub fn finish(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(if self.config.family.encoder { hidden.clone() } else { self.norm.forward(hidden)? })
     }
 
     /// Bytes that a row's activations take in one layer while its graph is kept.
@@ -269,33 +277,43 @@ impl Decoder {
         self.head.as_ref().ok_or_else(|| Error::internal("an encoder has no logits"))
     }
 
-    /// x `[rows, hidden]` -> the same after one layer, by the formulas of [`Residual`].
-    fn layer(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    /// x `[rows, hidden]` -> the same after one layer, by the formulas of [`Residual`]. `some`: of these rows alone, as nobody asks for
+    /// others behind the last layer; their K and V are written all the same.
+    fn layer(&self, index: usize, x: &Tensor, pass: &Pass<'_>, some: Option<&Tensor>) -> Result<Tensor> {
         let layer = &self.layers[index];
         let norms = &layer.norms;
+        let attention = self.attend(index, x, pass)?;
+        let (attention, x) = match some {
+            None => (attention, x.clone()),
+            Some(rows) => (attention.index_select(rows, 0)?, x.index_select(rows, 0)?),
+        };
         Ok(match self.config.residual {
             Residual::Sequential => {
-                let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
-                let x = layer.o.forward_add(&attention, x)?;
+                let x = layer.o.forward_add(&attention, &x)?;
                 self.feed_forward(layer, &norms[1].forward(&x)?, Some(&x))?
             }
             Residual::Parallel => {
-                let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
-                let residual = layer.o.forward_add(&attention, x)?;
-                self.feed_forward(layer, &norms[1].forward(x)?, Some(&residual))?
+                let residual = layer.o.forward_add(&attention, &x)?;
+                self.feed_forward(layer, &norms[1].forward(&x)?, Some(&residual))?
             }
             Residual::Sandwich => {
-                let attention = self.attention(index, &norms[0].forward(x)?, pass)?;
                 let x = (norms[1].forward(&layer.o.forward(&attention)?)? + x)?;
                 let fed = self.feed_forward(layer, &norms[2].forward(&x)?, None)?;
                 (norms[3].forward(&fed)? + x)?
             }
             Residual::Post => {
-                let attention = self.attention(index, x, pass)?;
-                let x = norms[0].forward(&layer.o.forward_add(&attention, x)?)?;
+                let x = norms[0].forward(&layer.o.forward_add(&attention, &x)?)?;
                 norms[1].forward(&self.feed_forward(layer, &x, Some(&x))?)?
             }
         })
+    }
+
+    /// A layer's input `[rows, hidden]` -> [`Decoder::attention`] of it, normed first where the family does that.
+    fn attend(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        match self.config.residual {
+            Residual::Post => self.attention(index, x, pass),
+            _ => self.attention(index, &self.layers[index].norms[0].forward(x)?, pass),
+        }
     }
 
     /// Normed rows `[rows, hidden]` -> what the heads read `[rows, heads * head_dim]`; in pages, K and V go to their slots.

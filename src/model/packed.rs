@@ -27,7 +27,6 @@ pub enum Activations {
 /// A pass on its way.
 pub struct PackedPass {
     rows: PackedRows,
-    wanted: Vec<u32>,
     activations: Activations,
     soft: Var,
     /// `[rows, 2 * layers * kv_heads * head_dim]`
@@ -39,8 +38,8 @@ pub struct PackedPass {
     layers: Vec<Layer>,
     /// Output of the last layer so far, on its own.
     hidden: Option<Tensor>,
-    /// Gradient of the output of the last of `layers`.
-    gradient: Option<Tensor>,
+    /// Gradient of the output of the last of `layers`; of the last layer's in parts, one after the other.
+    gradient: Vec<Tensor>,
     /// Of the stored rows, by layer, from the last to the first.
     stored_gradients: Vec<Tensor>,
     soft_gradient: Option<Tensor>,
@@ -69,7 +68,6 @@ impl PackedPass {
         let stored = stored.map(|s| machine.to_device(&s.detach())).transpose()?;
         Ok(PackedPass {
             rows: model.decoder.packed(batch, stored.as_ref().map_or(0, |s| s.dims()[0]))?,
-            wanted: batch.wanted.clone(),
             activations,
             soft: Var::from_tensor(&machine.to_device(&soft.detach())?)?,
             stored,
@@ -77,7 +75,7 @@ impl PackedPass {
             done: 0,
             layers: Vec::new(),
             hidden: None,
-            gradient: None,
+            gradient: Vec::new(),
             stored_gradients: Vec::new(),
             soft_gradient: None,
         })
@@ -124,23 +122,22 @@ impl PackedPass {
     /// `Internal` before the last layer.
     pub fn wanted(&self, model: &Model, range: std::ops::Range<usize>) -> Result<(Var, Tensor)> {
         let hidden = self.hidden.as_ref().ok_or_else(|| Error::internal("a pass that has not come to its end"))?;
-        let hidden = Var::from_tensor(&hidden.detach())?;
-        let wanted = model.decoder.finish(&hidden, &self.wanted[range])?;
+        let hidden = Var::from_tensor(&hidden.narrow(0, range.start, range.len())?.detach())?;
+        let wanted = model.decoder.finish(&hidden)?;
         Ok((hidden, wanted))
     }
 
-    /// Adds to the gradient of the last layer's output `[rows, hidden]`.
-    pub fn add_gradient(&mut self, gradient: Tensor) -> Result<()> {
-        self.gradient = Some(match self.gradient.take() {
-            None => gradient,
-            Some(sum) => (sum + gradient)?,
-        });
-        Ok(())
+    /// The gradient of the next rows `[n, hidden]` that the batch wants, from the first to the last.
+    pub fn push_gradient(&mut self, gradient: Tensor) {
+        self.gradient.push(gradient);
     }
 
     /// Goes back through one layer. False: the gradients are ready.
+    ///
+    /// # Errors
+    /// `Internal` if the gradient is not that of all wanted rows.
     pub fn backward(&mut self, model: &Model) -> Result<bool> {
-        let Some(gradient) = self.gradient.take() else { return Err(Error::internal("a way back without gradient")) };
+        let gradient = Tensor::cat(&std::mem::take(&mut self.gradient), 0)?;
         self.hidden = None;
         let Some(mut layer) = self.layers.pop() else {
             return Err(Error::internal("a way back past the first layer"));
@@ -156,7 +153,7 @@ impl PackedPass {
         }
         let gradient = of(&gradients, &layer.input)?;
         if index > 0 {
-            self.gradient = Some(gradient);
+            self.gradient.push(gradient);
             return Ok(true);
         }
         if let Some(embedded) = self.embedded.take().filter(|_| self.soft.dims()[0] > 0) {

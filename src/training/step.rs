@@ -162,7 +162,7 @@ impl Step {
             // A head reads few rows, once; the vocabulary is wide.
             let (hidden, wanted) = self.pass.wanted(model, part.wanted.clone())?;
             let gradient = part.class_losses(model, &wanted)?;
-            self.add_gradient(&hidden, &wanted, gradient)?;
+            self.push_gradient(&hidden, &wanted, gradient)?;
             return Ok(Stage::Loss(index + 1, 0));
         }
         let first = part.wanted.start + from;
@@ -170,14 +170,14 @@ impl Step {
         let rows = some.iter().map(|(_, range)| range.len()).sum::<usize>();
         let (hidden, wanted) = self.pass.wanted(model, first..first + rows)?;
         let gradient = token_losses(model, &wanted, some)?;
-        self.add_gradient(&hidden, &wanted, gradient)?;
+        self.push_gradient(&hidden, &wanted, gradient)?;
         Ok(next)
     }
 
-    fn add_gradient(&mut self, hidden: &Var, wanted: &Tensor, gradient: Option<Tensor>) -> Result<()> {
+    fn push_gradient(&mut self, hidden: &Var, wanted: &Tensor, gradient: Option<Tensor>) -> Result<()> {
         match gradient {
-            Some(gradient) => self.pass.add_gradient(of(&back(wanted, &gradient)?, hidden)?)?,
-            None if self.train => self.pass.add_gradient(hidden.zeros_like()?)?,
+            Some(gradient) => self.pass.push_gradient(of(&back(wanted, &gradient)?, hidden)?),
+            None if self.train => self.pass.push_gradient(hidden.zeros_like()?),
             None => {}
         }
         Ok(())

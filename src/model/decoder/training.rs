@@ -15,6 +15,8 @@ pub struct PackedRows {
     plan: Arc<PackedPlan>,
     /// Its work lists, on a GPU.
     device: Option<Arc<PackedOnDevice>>,
+    /// Which rows the last layer gives; `None`: all.
+    wanted: Option<Tensor>,
 }
 
 impl Decoder {
@@ -31,7 +33,8 @@ impl Decoder {
             }
             _ => None,
         };
-        Ok(PackedRows { inputs: batch.inputs.clone(), at, plan, device })
+        let wanted = self.some(&batch.wanted, batch.inputs.len())?;
+        Ok(PackedRows { inputs: batch.inputs.clone(), at, plan, device, wanted })
     }
 
     /// The input of the first layer `[rows, hidden]`, differentiable in `soft` `[num_soft, hidden]`.
@@ -40,11 +43,17 @@ impl Decoder {
     }
 
     /// One layer of packed rows `[rows, hidden]`, in the bits of [`Decoder::forward`]; differentiable in them and in the
-    /// layer's `stored` rows `[stored, 2 * kv_heads * head_dim]`, K then V.
+    /// layer's `stored` rows `[stored, 2 * kv_heads * head_dim]`, K then V. The last layer gives [`PackedBatch::wanted`] rows alone.
     pub fn packed_layer(&self, index: usize, x: &Tensor, rows: &PackedRows, stored: Option<&Tensor>) -> Result<Tensor> {
         let view = View::Packed { stored, plan: rows.plan.clone(), device: rows.device.clone() };
         let pass = Pass { at: rows.at.clone(), view };
-        self.layer(index, x, &pass)
+        match rows.wanted.as_ref().filter(|_| index + 1 == self.config.num_layers()) {
+            // There few rows have products of their own, with other bits: a job's would depend on who shares its batch.
+            Some(wanted) if self.machine.gpu().is_some() => {
+                Ok(self.layer(index, x, &pass, None)?.index_select(wanted, 0)?)
+            }
+            wanted => self.layer(index, x, &pass, wanted),
+        }
     }
 
     /// Hidden rows `[n, hidden]`, a target token each -> their losses, and with `gradient` that of their sum.
