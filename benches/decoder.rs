@@ -13,11 +13,11 @@ use prefixd::kv::{KvPool, PAGE_TOKENS, PageId, pages_for};
 use prefixd::model::batch::{Batch, Rows};
 use prefixd::model::{LoadOptions, Model};
 use prefixd::ops::embed::RowSource;
-use prefixd::ops::gpu::{Gpu, Words};
+use prefixd::ops::gpu::Gpu;
 use prefixd::ops::limits;
 use prefixd::ops::linear::Kind;
 use prefixd::ops::sample::Filter;
-use prefixd::ops::sample::device::{Choices, Penalties, Sampling};
+use prefixd::ops::sample::device::{Block, Choices, Penalties};
 use shape::{EIGHT_B, HALF_B, median};
 use std::time::Instant;
 
@@ -135,25 +135,20 @@ fn gpu_limits(gpu: &Gpu, dtype: DType) -> Limits {
 /// Medians of the seconds that a step takes, tokens included where they are chosen on a GPU, and of those after which all of it was
 /// queued there.
 fn timed(tries: usize, model: &Model, batch: &mut Batch, kv: &KvPool) -> (f64, f64) {
-    let mut sampling = model.sampling(batch.logit_rows.len()).unwrap();
     let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
-    let mut choices = Choices::default();
-    (0..batch.logit_rows.len()).for_each(|row| choices.push(row, &filter, 0.0, &Penalties::NONE, [], &[]));
-    let rows = choices.len();
+    let rows = batch.logit_rows.len();
+    if model.gpu().is_some() {
+        let mut choices = Choices::default();
+        (0..rows).for_each(|row| choices.push(row, &filter, 0.0, &Penalties::NONE, [], &[]));
+        batch.choose = vec![Block { rows: 0..rows, choices, wanted: Vec::new() }];
+    }
     let mut queued = Vec::new();
     let step = median(tries, || {
         let began = Instant::now();
-        batch.carried = Words::default();
-        let plan = |s: &Sampling| s.plan(rows, 0, &choices, &[], &mut batch.carried).unwrap();
-        let plan = sampling.as_ref().map(plan);
         let forward = model.forward(batch, kv).unwrap();
-        let logits = model.logits(&forward.hidden.unwrap()).unwrap();
-        let tokens = sampling.as_mut().zip(plan.as_ref()).zip(forward.carried).map(|((sampling, plan), carried)| {
-            sampling.choose(&logits, plan, &carried).unwrap();
-            sampling.finish(rows).unwrap()
-        });
+        let logits = forward.hidden.filter(|_| forward.chosen.is_none()).map(|hidden| model.logits(&hidden).unwrap());
         queued.push(began.elapsed().as_secs_f64());
-        drop(tokens.map(|tokens| tokens.wait().unwrap()));
+        drop((logits, forward.chosen.map(|chosen| chosen.wait().unwrap())));
     });
     queued.sort_by(f64::total_cmp);
     (step, queued[queued.len() / 2])

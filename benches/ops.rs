@@ -17,7 +17,7 @@ use prefixd::ops::prefix_attention::device::{DevicePlan, Group, Split, Step, att
 use prefixd::ops::prefix_attention::{Attention, KvLayout, PAGE, SequenceView};
 use prefixd::ops::rope::Frequencies;
 use prefixd::ops::sample::Filter;
-use prefixd::ops::sample::device::{Choices, Penalties, Sampling};
+use prefixd::ops::sample::device::{Block, Choices, Penalties, Sampling};
 use prefixd::ops::{Machine, Vector};
 use std::sync::Arc;
 
@@ -247,7 +247,7 @@ impl Bench {
             if self.wants("sample") && m <= 64 {
                 let logits = (Tensor::randn(0f32, 1.0, (m, VOCAB), &self.gpu.device())? * 3.0)?;
                 let before = Arc::new(Buffer::poisoned(&self.gpu, 4 * m)?);
-                let mut sampling = Sampling::new(&self.gpu, &before, m)?;
+                let mut sampling = Sampling::new(&self.gpu, &before)?;
                 for (name, temperature, top_k, top_p) in [
                     ("greedy", 0.0, 0, 1.0),
                     ("temperature", 1.0, 0, 1.0),
@@ -257,9 +257,10 @@ impl Bench {
                     let (filter, mut choices) = (Filter { temperature, top_k, top_p, min_p: 0.0 }, Choices::default());
                     (0..m).for_each(|row| choices.push(row, &filter, 0.37, &Penalties::NONE, [], &[]));
                     let mut words = Words::default();
-                    let plan = sampling.plan(m, 0, &choices, &[], &mut words)?;
+                    let block = Block { rows: 0..m, choices, wanted: Vec::new() };
+                    let plan = sampling.plan(&[block], &mut words)?;
                     let carried = words.carry(&self.gpu)?;
-                    let own = self.seconds(|| sampling.choose(&logits, &plan, &carried).map(drop))?;
+                    let own = self.seconds(|| sampling.choose(&plan, 0, &logits, &carried))?;
                     self.report("sample", &format!("{m} x {VOCAB}, {name}"), bytes(2 * m * VOCAB), own, None);
                 }
             }

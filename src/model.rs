@@ -20,7 +20,6 @@ use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::embed::RowSource;
 use crate::ops::gpu::Gpu;
 use crate::ops::linear::Linear;
-use crate::ops::sample::device::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use batch::{Batch, Forward, Rows};
@@ -222,18 +221,9 @@ impl Model {
         self.decoder.machine().gpu()
     }
 
-    /// What chooses the tokens of steps of up to `rows` sequences, if it lies on a GPU.
-    ///
-    /// # Errors
-    /// `InvalidArgument` if that is too many.
-    pub fn sampling(&self, rows: usize) -> Result<Option<Sampling>> {
-        let Some((gpu, sampled)) = self.gpu().zip(self.decoder.sampled()) else { return Ok(None) };
-        let most = Sampling::most(sampled);
-        if rows > most {
-            let rule = format!("at most {most} can be sampled on a GPU");
-            return Err(Error::invalid("engine.max_sequences", rows, rule));
-        }
-        Ok(Some(Sampling::new(gpu, sampled, rows)?))
+    /// How many sequences can decode in one step; `None`: as many as there is memory for.
+    pub fn most_sequences(&self) -> Option<usize> {
+        self.gpu().map(|_| decoder::MOST_SAMPLED)
     }
 
     /// Waits until a GPU has done what it was given.
@@ -256,7 +246,7 @@ impl Model {
         KvPool::new(self.decoder.kv_layout(), self.info.num_layers, pages, self.decoder.machine(), self.kv_dtype)
     }
 
-    /// Runs the batch: K and V go into `kv`; returns the hidden rows whose logits are wanted.
+    /// Runs the batch: K and V go into `kv`; what it gives is in [`Forward`].
     pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Forward> {
         self.decoder.forward(batch, kv)
     }

@@ -5,8 +5,8 @@ use crate::adapter::Head;
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::model::Model;
-use crate::model::batch::Batch;
-use crate::ops::gpu::Carried;
+use crate::model::batch::{Batch, Forward};
+use crate::ops::sample::device::Chosen;
 use candle_core::{CpuStorage, Storage, Tensor};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -18,14 +18,6 @@ const LOGIT_ROWS: usize = 64;
 pub struct Runner {
     model: Model,
     kv: KvPool,
-}
-
-/// Rows of logits, where the model runs.
-pub enum Logits<'a> {
-    /// `[n, vocab]`, or `[1, labels]`.
-    Host(&'a [f32]),
-    /// `[n, vocab]` on a GPU, and what the batch carried there.
-    Device(&'a Tensor, &'a Carried),
 }
 
 /// A step as the model takes it.
@@ -87,24 +79,23 @@ impl Runner {
         Ok(Prepared { batch, uses, blocks })
     }
 
-    /// Runs a step and hands the wanted rows of logits, `[n, vocab]` or `[1, labels]`, to `take`, a block at a time. `head`
-    /// tells which head classifies a sequence. Returns the time of the forward pass, logits included.
+    /// Runs a step. On a GPU what the batch says is chosen there. All other rows of logits, `[n, vocab]` or `[1, labels]`, are handed to
+    /// `take`, a block at a time; `head` tells which head classifies a sequence. Returns the time of the forward pass, logits included.
     pub fn run<'h>(
         &self,
         prepared: &Prepared,
         head: impl Fn(SequenceId) -> Option<&'h Head>,
-        mut take: impl FnMut(&[LogitUse], Logits<'_>) -> Result<()>,
-    ) -> Result<Duration> {
+        mut take: impl FnMut(&[LogitUse], &[f32]),
+    ) -> Result<(Duration, Option<Chosen>)> {
         if prepared.batch.inputs.is_empty() {
-            return Ok(Duration::ZERO);
+            return Ok((Duration::ZERO, None));
         }
         let began = Instant::now();
-        let forward = self.model.forward(&prepared.batch, &self.kv)?;
+        let Forward { hidden, chosen } = self.model.forward(&prepared.batch, &self.kv)?;
         let mut time = began.elapsed();
-        let Some(hidden) = forward.hidden else { return Ok(time) };
-        for block in &prepared.blocks {
+        for block in prepared.blocks.iter().filter(|block| chosen.is_none() || block.classifies.is_some()) {
+            let hidden = hidden.as_ref().ok_or_else(|| Error::internal("rows of logits are wanted, and none came"))?;
             let hidden = hidden.narrow(0, block.uses.start, block.uses.len())?;
-            let uses = &prepared.uses[block.uses.clone()];
             let began = Instant::now();
             let logits = match block.classifies {
                 Some(id) => {
@@ -114,20 +105,18 @@ impl Runner {
                 None => self.model.logits(&hidden)?,
             };
             time += began.elapsed();
-            match &forward.carried {
-                Some(carried) if block.classifies.is_none() => take(uses, Logits::Device(&logits, carried))?,
-                _ => with_values(&logits, |logits| take(uses, Logits::Host(logits)))?,
-            }
+            with_values(&logits, |logits| take(&prepared.uses[block.uses.clone()], logits))?;
         }
-        Ok(time)
+        Ok((time, chosen))
     }
 }
 
 /// The elements of contiguous logits `[n, width]` on the processor.
-fn with_values(logits: &Tensor, take: impl FnOnce(&[f32]) -> Result<()>) -> Result<()> {
+fn with_values(logits: &Tensor, take: impl FnOnce(&[f32])) -> Result<()> {
     let (storage, layout) = logits.storage_and_layout();
     let (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         return Err(Error::internal("logits are not contiguous f32 on the CPU"));
     };
-    take(&all[start..end])
+    take(&all[start..end]);
+    Ok(())
 }

@@ -2,9 +2,9 @@
 use super::capacity;
 use super::guest::Hosting;
 use super::readout;
-use super::readout::on_device::{Choosing, Chosen};
+use super::readout::on_device::{Chosen, Receivers};
 use super::request::{Event, FinishReason, Request};
-use super::runner::{Logits, Runner};
+use super::runner::Runner;
 use super::sampler::Sampled;
 use super::scheduler::{NewSequence, Pooling, Scheduler, SchedulerConfig, SequenceId, Step};
 use super::sequence::Sequence;
@@ -15,7 +15,6 @@ use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::kv::PAGE_TOKENS;
 use crate::model::Model;
-use crate::ops::sample::device::Sampling;
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -37,8 +36,6 @@ pub enum Command {
 /// The thread's state.
 pub struct Worker {
     runner: Runner,
-    /// Where tokens are chosen if the model is on a GPU.
-    sampling: Option<Sampling>,
     scheduler: Scheduler,
     sequences: HashMap<SequenceId, Sequence>,
     /// Who waits for a prefix to be compiled.
@@ -65,7 +62,7 @@ impl Worker {
     /// Sizes the pool and takes it.
     ///
     /// # Errors
-    /// `InvalidArgument` when the pool would not hold one page.
+    /// `InvalidArgument` when the pool would not hold one page, or a GPU could not choose as many tokens in a step.
     pub fn new(
         model: Model,
         config: &EngineConfig,
@@ -77,6 +74,10 @@ impl Worker {
         let training = guest.as_ref().map_or(0, |guest| guest.device_bytes);
         let gpu = gpu.map(|(free, total, activations)| capacity::GpuMemory { free, total, activations, training });
         let pages = capacity::pages(config, model.page_bytes(), gpu)?;
+        if let Some(most) = model.most_sequences().filter(|most| config.max_sequences > *most) {
+            let rule = format!("at most {most} can be sampled on a GPU");
+            return Err(Error::invalid("engine.max_sequences", config.max_sequences, rule));
+        }
         let (max_model_len, encoder) = (info.max_model_len, info.encoder);
         let shared = Arc::new(Shared::new(info, pages * PAGE_TOKENS));
         let scheduler = Scheduler::new(SchedulerConfig {
@@ -89,7 +90,6 @@ impl Worker {
             prefix_caching: config.prefix_caching,
         });
         Ok(Worker {
-            sampling: model.sampling(config.max_sequences)?,
             runner: Runner::new(model, pages)?,
             scheduler,
             sequences: HashMap::new(),
@@ -157,7 +157,7 @@ impl Worker {
     /// Whether `step` is launched before the one under way is done, and not waited for. A class is read on the processor, so its step is
     /// waited for anyway. The guest's slices wait for all work, which would be on its account.
     fn looks_ahead(&self, step: &Step) -> bool {
-        self.sampling.is_some() && !self.hosting.awake() && readout::heads(step, &self.sequences).is_empty()
+        self.runner.model().gpu().is_some() && !self.hosting.awake() && readout::heads(step, &self.sequences).is_empty()
     }
 
     /// Takes in what came; blocks while there is nothing to do. False: stop.
@@ -255,26 +255,20 @@ impl Worker {
         let eos = self.runner.model().eos_token_ids().to_vec();
         let mut sampled = Vec::new();
         let (runner, scheduler, sequences) = (&self.runner, &self.scheduler, &mut self.sequences);
-        let sampling = &mut self.sampling;
         // A panic here is a bug of ours; it must cost the requests of this step only.
         let run = AssertUnwindSafe(|| {
             let heads: HashMap<SequenceId, Arc<Head>> = readout::heads(&step, sequences);
             let head = |id| heads.get(&id).map(|h| &**h);
             let pool = runner.model().threads();
             let mut prepared = runner.prepare(&step, scheduler)?;
-            let mut choosing = match sampling {
-                Some(sampling) => Some(Choosing::plan(&mut prepared, sampling, scheduler, sequences, &eos)?),
+            let receivers = match runner.model().gpu() {
+                Some(_) => Some(Receivers::plan(&mut prepared, scheduler, sequences, &eos)?),
                 None => None,
             };
-            let time = runner.run(&prepared, head, |uses, logits| match (logits, &mut choosing) {
-                (Logits::Host(logits), _) => {
-                    readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled);
-                    Ok(())
-                }
-                (Logits::Device(logits, carried), Some(choosing)) => choosing.take(logits, carried),
-                (Logits::Device(..), None) => Err(Error::internal("logits on a GPU, the engine is not")),
+            let (time, chosen) = runner.run(&prepared, head, |uses, logits| {
+                readout::take(uses, logits, scheduler, sequences, &eos, pool, &mut sampled);
             })?;
-            Ok((time, choosing.map(Choosing::finish).transpose()?))
+            Ok((time, receivers.zip(chosen).map(|(receivers, chosen)| receivers.of(chosen))))
         });
         match catch_unwind(run).unwrap_or_else(|_| Err(Error::internal("the step panicked"))) {
             Ok((time, chosen)) => {

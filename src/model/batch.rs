@@ -5,8 +5,8 @@
 //! sit side by side.
 use crate::kv::{PAGE_TOKENS, PageId};
 use crate::ops::embed::RowSource;
-use crate::ops::gpu::{Carried, Words};
 use crate::ops::prefix_attention::{PackedSequence, SequenceView};
+use crate::ops::sample::device::{Block, Chosen};
 use candle_core::Tensor;
 use std::ops::Range;
 
@@ -27,16 +27,16 @@ pub struct Batch {
     pub pages: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
-    /// What else goes to a GPU in the copy of these, for whoever reads the logits.
-    pub carried: Words,
+    /// What becomes of the logits on a GPU, where they stay; rows are those of `logit_rows`. What the processor reads is left out.
+    pub choose: Vec<Block>,
 }
 
 /// What a forward pass gives.
 pub struct Forward {
-    /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted.
+    /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted, or if all became tokens on a GPU.
     pub hidden: Option<Tensor>,
-    /// Where [`Batch::carried`] lies on a GPU, until the next pass.
-    pub carried: Option<Carried>,
+    /// What came of [`Batch::choose`], on a GPU.
+    pub chosen: Option<Chosen>,
 }
 
 /// Packed sequences for training: no pages, no cache.

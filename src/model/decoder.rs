@@ -23,6 +23,7 @@ use crate::ops::prefix_attention::{
     Attention, KvLayout, PackedOnDevice, PackedPlan, Plan, packed_attention, prefix_attention,
 };
 use crate::ops::rope::{self, Frequencies, Heads, Turns};
+use crate::ops::sample::device::Sampling;
 use crate::ops::{Machine, Vector};
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,8 +33,8 @@ pub use training::PackedRows;
 
 /// Bytes for attention's partial results on a GPU. What finds no room is not split, which changes no bit.
 const SCRATCH: usize = 64 << 20;
-/// Tokens of a step on a GPU that the next step's rows can name.
-const MOST_SAMPLED: usize = 1 << 14;
+/// Tokens that a step on a GPU can choose, which the next one's rows can name.
+pub const MOST_SAMPLED: usize = 1 << 14;
 
 /// The frozen weights, packed, and what they need to run.
 pub struct Decoder {
@@ -52,8 +53,6 @@ pub struct Decoder {
     scratch: Option<Arc<Buffer>>,
     /// Of serving, on a GPU.
     steps: Option<Mutex<Steps>>,
-    /// `[MOST_SAMPLED]`, u32: the tokens that the last step chose, on a GPU.
-    sampled: Option<Arc<Buffer>>,
     machine: Arc<Machine>,
     config: ModelConfig,
 }
@@ -133,11 +132,11 @@ impl Decoder {
             Ok(Arc::new(Frequencies { inv_freq: Vector::new(inv_freq, machine)?, scale }))
         });
         let scratch = machine.gpu().map(|gpu| Buffer::poisoned(gpu, SCRATCH)).transpose()?.map(Arc::new);
-        let sampled = machine.gpu().map(|gpu| Buffer::poisoned(gpu, 4 * MOST_SAMPLED)).transpose()?.map(Arc::new);
-        let there = machine.gpu().zip(scratch.as_ref()).zip(sampled.as_ref());
-        let steps = there.map(|((gpu, scratch), sampled)| -> Result<_> {
-            let (uploads, graphs) = (Uploads::new(gpu, scratch, sampled)?, (!enforce_eager).then(Graphs::default));
-            Ok(Mutex::new(Steps { uploads, no_soft: machine.rows(&[], hidden)?, graphs }))
+        let steps = machine.gpu().zip(scratch.as_ref()).map(|(gpu, scratch)| -> Result<_> {
+            let sampled = Arc::new(Buffer::poisoned(gpu, 4 * MOST_SAMPLED)?);
+            let (uploads, sampling) = (Uploads::new(gpu, scratch, &sampled)?, Sampling::new(gpu, &sampled)?);
+            let (no_soft, graphs) = (machine.rows(&[], hidden)?, (!enforce_eager).then(Graphs::default));
+            Ok(Mutex::new(Steps { uploads, no_soft, sampling, graphs }))
         });
         let gated = !matches!(names.up, Up::Plain(_));
         Ok(Decoder {
@@ -150,7 +149,6 @@ impl Decoder {
             activation: Activation::new(config.activation, gated, machine),
             scratch,
             steps: steps.transpose()?,
-            sampled,
             machine: machine.clone(),
             config: config.clone(),
         })
@@ -159,11 +157,6 @@ impl Decoder {
     /// The threads that it runs on.
     pub fn machine(&self) -> &Arc<Machine> {
         &self.machine
-    }
-
-    /// Where the tokens go that a step on a GPU chooses: rows of the next one may name them by their places.
-    pub fn sampled(&self) -> Option<&Arc<Buffer>> {
-        self.sampled.as_ref()
     }
 
     /// Type of activations, K and V: that of the weights on a GPU, f32 on the processor.
@@ -176,7 +169,7 @@ impl Decoder {
         KvLayout { kv_heads: self.config.num_kv_heads, head_dim: self.config.head_dim }
     }
 
-    /// Runs the batch: writes its K and V into `kv` and returns the hidden rows of `batch.logit_rows`.
+    /// Runs the batch: writes its K and V into `kv`; what it gives is in [`Forward`].
     pub fn forward(&self, batch: &Batch, kv: &KvPool) -> Result<Forward> {
         if let (Some(gpu), Some(steps)) = (self.machine.gpu(), &self.steps) {
             return self.forward_on(gpu, &mut steps.lock().unwrap_or_else(PoisonError::into_inner), batch, kv);
@@ -187,7 +180,7 @@ impl Decoder {
         let plan = Arc::new(Plan::new(sequences, pages, self.kv_layout(), self.config.num_heads));
         let view = View::Paged { kv, plan, slots: batch.slots.as_slice().into() };
         let hidden = self.run(&batch.inputs, &soft, &batch.logit_rows, &Pass { at, view })?;
-        Ok(Forward { hidden, carried: None })
+        Ok(Forward { hidden, chosen: None })
     }
 
     fn at(&self, inputs: &[RowSource], positions: &[u32]) -> Result<At> {

@@ -72,18 +72,18 @@ fn cuda_without_memory_for_a_step_ends_the_requests_of_that_step() {
     assert!(text.contains("3 completed, 3 failed (3 RESOURCE_EXHAUSTED)"), "{text}");
 }
 
-/// The figures of the line that the driver writes at the end: graphs, copies to the device, from it, and waits.
-fn counts(text: &str) -> [i64; 4] {
+/// The figures of the line that the driver writes at the end: graphs, copies to the device, from it, on it, allocations, launches and waits.
+fn counts(text: &str) -> [i64; 7] {
     let line = text.lines().find_map(|line| line.strip_prefix("stand-in driver: ")).unwrap_or_else(|| panic!("{text}"));
     let of = |what: &str| {
         let part = line.split(", ").find(|part| part.contains(what)).unwrap_or_else(|| panic!("{line}"));
         part.split(' ').next().unwrap().parse().unwrap()
     };
-    ["graphs", "copies to the device", "from it", "waits"].map(of)
+    ["graphs", "copies to the device", "from it", "on it", "allocations", "launches", "waits"].map(of)
 }
 
 #[test]
-fn cuda_decodes_with_one_copy_one_graph_and_one_wait_a_step() {
+fn cuda_decodes_with_one_copy_one_graph_one_wait_and_nothing_else_a_step() {
     let run = |tokens: usize| {
         let one = format!("--num-requests 1 --output-len {tokens} --concurrency 1 --num-adapters 1");
         let (well, text) = bench_there(&one, &["--kv-tokens", "1024"], &[("CUDA_STAND_IN_LOG", "1")])?;
@@ -93,8 +93,10 @@ fn cuda_decodes_with_one_copy_one_graph_and_one_wait_a_step() {
     // The 13 rows more lie in a page of the pool that the shorter run has opened too: debug builds poison a new one, which costs copies.
     let Some(few) = run(11) else { return };
     let many = run(24).unwrap();
-    let [graphs, to, from, waits]: [i64; 4] = std::array::from_fn(|i| many[i] - few[i]);
+    let more: [i64; 7] = std::array::from_fn(|i| many[i] - few[i]);
+    let [graphs, to, from, on, allocations, launches, waits] = more;
     assert_eq!([graphs, to, from], [13; 3]);
+    assert_eq!([on, allocations, launches], [0; 3], "outside of graphs");
     // Around the first and the last step a wait more or less is a matter of time.
     assert!((10..=16).contains(&waits), "{waits} waits in 13 steps");
 }

@@ -8,9 +8,7 @@ use super::super::scheduler::{Scheduler, SequenceId};
 use super::super::sequence::Sequence;
 use crate::adapter::InputRow;
 use crate::error::{Error, Result};
-use crate::ops::gpu::{Carried, Later};
-use crate::ops::sample::device::{Choices, Logprobs, Of, Plan, Sampling, Scores, Wanted};
-use candle_core::Tensor;
+use crate::ops::sample::device::{self, Block, Choices, Logprobs, Of, Wanted};
 use std::collections::HashMap;
 
 /// Who gets a log-probability.
@@ -21,39 +19,32 @@ enum For {
     Score(SequenceId, usize, u32),
 }
 
-/// What a step chooses, planned before it runs: it goes to the device with the step's rows.
-pub struct Choosing<'a> {
-    sampling: &'a mut Sampling,
+/// Who gets what a step chooses.
+pub struct Receivers {
     /// Whose tokens, in their places.
     whose: Vec<SequenceId>,
-    receivers: Vec<For>,
-    /// Of blocks of logits that are still to come.
-    plans: std::vec::IntoIter<Plan>,
-    /// One for each of `receivers`, in this order.
-    scores: Vec<Scores>,
+    /// Of each log-probability.
+    scores: Vec<For>,
 }
 
 /// What a step has chosen, on its way.
 pub struct Chosen {
-    whose: Vec<SequenceId>,
-    receivers: Vec<For>,
-    scores: Vec<Scores>,
-    tokens: Later<u32>,
+    receivers: Receivers,
+    there: device::Chosen,
 }
 
-impl<'a> Choosing<'a> {
-    /// Plans what becomes of every row of logits, and has the batch carry it.
+impl Receivers {
+    /// Has the batch choose from every row of logits of the vocabulary.
     pub fn plan(
         prepared: &mut Prepared,
-        sampling: &'a mut Sampling,
         scheduler: &Scheduler,
         sequences: &mut HashMap<SequenceId, Sequence>,
         eos: &[u32],
     ) -> Result<Self> {
-        let (mut whose, mut receivers, mut plans) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut whose, mut scores) = (Vec::new(), Vec::new());
         // A class is read on the processor.
         for block in prepared.blocks.iter().filter(|block| block.classifies.is_none()) {
-            let (mut choices, mut wanted, at) = (Choices::default(), Vec::new(), whose.len());
+            let (mut choices, mut wanted) = (Choices::default(), Vec::new());
             for (row, usage) in prepared.uses[block.uses.clone()].iter().enumerate() {
                 match *usage {
                     LogitUse::Sample { id } => {
@@ -64,7 +55,7 @@ impl<'a> Choosing<'a> {
                         let u = sampler.draw();
                         if let Some(top) = sampler.top_logprobs() {
                             wanted.push(Wanted { row, of: Of::Choice(choices.len()), top });
-                            receivers.push(For::Choice(whose.len()));
+                            scores.push(For::Choice(whose.len()));
                         }
                         choices.push(row, sampler.filter(), u, &sampler.penalties(unread), sampler.seen(), &banned);
                         whose.push(id);
@@ -74,47 +65,35 @@ impl<'a> Choosing<'a> {
                         // Admission saw that only tokens are scored.
                         let InputRow::Token(token) = entry.tokens()[index] else { continue };
                         wanted.push(Wanted { row, of: Of::Token(token), top: s.top_logprobs.unwrap_or(0) });
-                        receivers.push(For::Score(id, index, token));
+                        scores.push(For::Score(id, index, token));
                     }
                     LogitUse::Pool { .. } => return Err(Error::internal("a class is not read from the vocabulary")),
                 }
             }
-            plans.push(sampling.plan(block.uses.len(), at, &choices, &wanted, &mut prepared.batch.carried)?);
+            prepared.batch.choose.push(Block { rows: block.uses.clone(), choices, wanted });
         }
-        Ok(Choosing { sampling, whose, receivers, plans: plans.into_iter(), scores: Vec::new() })
+        Ok(Receivers { whose, scores })
     }
 
-    /// As [`super::take`], from the next block's logits `[uses, vocab]` on the device.
-    pub fn take(&mut self, logits: &Tensor, carried: &Carried) -> Result<()> {
-        let plan = self.plans.next().ok_or_else(|| Error::internal("a block of logits that nobody planned"))?;
-        self.scores.extend(self.sampling.choose(logits, &plan, carried)?);
-        Ok(())
-    }
-
-    /// All of the step is launched.
-    pub fn finish(self) -> Result<Chosen> {
-        if self.plans.len() > 0 {
-            return Err(Error::internal("a planned block of logits did not come"));
-        }
-        let tokens = self.sampling.finish(self.whose.len())?;
-        Ok(Chosen { whose: self.whose, receivers: self.receivers, scores: self.scores, tokens })
+    /// The step is launched, and this is what it chose.
+    pub fn of(self, there: device::Chosen) -> Chosen {
+        Chosen { receivers: self, there }
     }
 }
 
 impl Chosen {
     /// Whose tokens they are, in their places on the device.
     pub fn whose(&self) -> &[SequenceId] {
-        &self.whose
+        &self.receivers.whose
     }
 
     /// Waits for the step. Scores go to their sequences; the tokens are returned, for those that are still there.
     pub fn wait(self, sequences: &mut HashMap<SequenceId, Sequence>) -> Result<Vec<(SequenceId, Sampled)>> {
-        let Chosen { whose, receivers, scores, tokens } = self;
-        let ids = tokens.wait()?;
+        let (ids, logprobs) = self.there.wait()?;
+        let Receivers { whose, scores } = self.receivers;
         let mut sampled: Vec<_> =
             whose.into_iter().zip(&ids).map(|(id, token)| (id, Sampled { id: *token, logprob: None })).collect();
-        let scores = scores.into_iter().map(Scores::wait).collect::<candle_core::Result<Vec<_>>>()?;
-        for (receiver, Logprobs { logprob, top }) in receivers.into_iter().zip(scores.into_iter().flatten()) {
+        for (receiver, Logprobs { logprob, top }) in scores.into_iter().zip(logprobs) {
             match receiver {
                 For::Choice(i) => sampled[i].1.logprob = Some(TokenLogprob { id: ids[i], logprob, top }),
                 For::Score(id, index, token) => {

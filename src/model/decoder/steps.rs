@@ -1,15 +1,17 @@
-//! Steps of serving on a GPU: one upload each, and for decoding a recorded graph of all launches, where a step of that shape comes
-//! again. A step of a small model is else bound by what it takes to launch three hundred kernels.
+//! Steps of serving on a GPU: one upload each, and for decoding a recorded graph of all launches up to the chosen tokens, where a step of that
+//! shape comes again. A step of a small model is else bound by what it takes to launch three hundred kernels.
 use super::super::batch::{Batch, Forward};
 use super::{At, Decoder, Pass, View};
 use crate::error::{Error, Result};
 use crate::kv::KvPool;
 use crate::ops::embed;
-use crate::ops::gpu::{Gpu, Recorded};
+use crate::ops::gpu::{Carried, Gpu, Recorded, Words};
 use crate::ops::prefix_attention::PAGE;
 use crate::ops::prefix_attention::device::{self, Launched, Uploads};
+use crate::ops::sample::device::{Layout, Plan, Sampling};
 use candle_core::Tensor;
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Graphs that are kept: shapes of steps come and go with the number of requests.
 const MOST: usize = 128;
@@ -20,6 +22,8 @@ pub struct Steps {
     pub uploads: Uploads,
     /// Virtual tokens of a step that has none.
     pub no_soft: Tensor,
+    /// What chooses their tokens.
+    pub sampling: Sampling,
     /// `None`: steps are never recorded.
     pub graphs: Option<Graphs>,
 }
@@ -27,7 +31,7 @@ pub struct Steps {
 impl Decoder {
     /// [`Decoder::forward`] on a GPU.
     pub(super) fn forward_on(&self, gpu: &Gpu, steps: &mut Steps, batch: &Batch, kv: &KvPool) -> Result<Forward> {
-        let Steps { uploads, no_soft, graphs } = steps;
+        let Steps { uploads, no_soft, sampling, graphs } = steps;
         let table: Vec<u32> = batch.pages.iter().map(|page| page * PAGE as u32).collect();
         let attentions = || self.config.layers.iter().map(|facts| facts.attention);
         let first = attentions().next().ok_or_else(|| Error::internal("a model without layers"))?;
@@ -40,7 +44,9 @@ impl Decoder {
             attention: first,
         };
         let rows = (&*batch.inputs, &*batch.positions, &*batch.slots);
-        let there = uploads.put(rows, &step, attentions(), &batch.carried)?;
+        let mut words = Words::default();
+        let plan = sampling.plan(&batch.choose, &mut words)?;
+        let there = uploads.put(rows, &step, attentions(), &words)?;
         let (rows, launched) = (batch.inputs.len(), there.launched());
         let soft = if batch.soft.is_empty() {
             no_soft.clone()
@@ -50,14 +56,34 @@ impl Decoder {
         // What a recorded launch does not look at again.
         embed::device::check(&self.embedding, &there.rows, soft.dim(0)?)?;
         kv.device(0)?.fits(&there.rows)?;
-        let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && batch.logit_rows.len() == rows;
         let pass = Pass { at: At::Device(there.rows), view: View::Device { kv, plans: there.plans } };
-        let work = || self.run(&batch.inputs, &soft, &batch.logit_rows, &pass);
+        let work = || {
+            let hidden = self.run(&batch.inputs, &soft, &batch.logit_rows, &pass)?;
+            self.choose(hidden.as_ref(), sampling, &plan, &there.carried)?;
+            Ok(hidden)
+        };
+        let chosen_from: usize = plan.blocks().map(Range::len).sum();
+        let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && chosen_from == rows;
         let hidden = match graphs {
-            Some(graphs) if decodes => graphs.run(gpu, Shape { pool: kv.id(), rows, launched }, work)?,
+            Some(graphs) if decodes => {
+                graphs.run(gpu, Shape { pool: kv.id(), rows, launched, chosen: plan.layout().clone() }, || {
+                    work().map(drop)
+                })?;
+                None
+            }
             _ => work()?,
         };
-        Ok(Forward { hidden, carried: Some(there.carried) })
+        Ok(Forward { hidden, chosen: Some(sampling.read(plan)?) })
+    }
+
+    /// Chooses what is planned from the hidden rows whose logits are wanted. Logits of a block are gone before those of the next are there.
+    fn choose(&self, hidden: Option<&Tensor>, sampling: &Sampling, plan: &Plan, carried: &Carried) -> Result<()> {
+        for (block, rows) in plan.blocks().enumerate() {
+            let hidden = hidden.ok_or_else(|| Error::internal("tokens to choose, and no rows to choose them from"))?;
+            let logits = self.logits(&hidden.narrow(0, rows.start, rows.len())?)?;
+            sampling.choose(plan, block, &logits, carried)?;
+        }
+        Ok(sampling.end(plan)?)
     }
 }
 
@@ -67,8 +93,10 @@ struct Shape {
     /// The pool that they write to.
     pool: u64,
     rows: usize,
-    /// The rest.
+    /// The rest of the pass.
     launched: (usize, Vec<Launched>),
+    /// What follows it.
+    chosen: Layout,
 }
 
 /// Recorded steps.
@@ -87,16 +115,16 @@ struct Known {
 enum State {
     /// It came once.
     Seen,
-    /// Its launches, and where they put what the step gives.
-    Recorded(Recorded, Tensor),
+    /// Its launches.
+    Recorded(Recorded),
     /// It cannot be recorded.
     Never,
 }
 
 impl Graphs {
-    /// What `work` gives, `[rows, hidden]`, by the graph of its shape if there is one. It is there until the next step. A shape is recorded
-    /// when it comes the second time: by then every kernel is loaded.
-    fn run(&mut self, gpu: &Gpu, shape: Shape, work: impl Fn() -> Result<Option<Tensor>>) -> Result<Option<Tensor>> {
+    /// Does `work`, by the graph of its shape if there is one. A shape is recorded when it comes the second time: by then every kernel is
+    /// loaded.
+    fn run(&mut self, gpu: &Gpu, shape: Shape, work: impl Fn() -> Result<()>) -> Result<()> {
         self.clock += 1;
         if self.known.len() >= MOST && !self.known.contains_key(&shape) {
             let oldest = self.known.iter().min_by_key(|(_, known)| known.used).map(|(shape, _)| shape.clone());
@@ -107,30 +135,18 @@ impl Graphs {
             return work();
         };
         known.used = self.clock;
-        if let State::Recorded(graph, out) = &mut known.state {
-            graph.launch()?;
-            return Ok(Some(out.clone()));
+        if let State::Recorded(graph) = &mut known.state {
+            return Ok(graph.launch()?);
         }
-        let given = work()?;
-        if let (State::Seen, Some(hidden)) = (&known.state, &given) {
-            known.state = record(gpu, hidden, &work).unwrap_or_else(|error| {
+        work()?;
+        if let State::Seen = known.state {
+            // A recording does nothing: this step is done.
+            let recorded = gpu.record(|| work().or_else(|e| candle_core::bail!("{e}")));
+            known.state = recorded.map(|graph| graph.map_or(State::Never, State::Recorded)).unwrap_or_else(|error| {
                 tracing::warn!(%error, rows = shape.rows, "a step cannot be recorded: its kernels are launched one by one");
                 State::Never
             });
         }
-        Ok(given)
+        Ok(())
     }
-}
-
-/// A graph of `work`, which gave `hidden`.
-fn record(gpu: &Gpu, hidden: &Tensor, work: &impl Fn() -> Result<Option<Tensor>>) -> Result<State> {
-    let out = hidden.zeros_like()?;
-    // A first copy loads its kernel, which a recording must not.
-    out.slice_set(hidden, 0, 0)?;
-    let recorded = gpu.record(|| match work() {
-        Ok(Some(hidden)) => out.slice_set(&hidden, 0, 0),
-        Ok(None) => candle_core::bail!("the step gave nothing"),
-        Err(e) => candle_core::bail!("{e}"),
-    })?;
-    Ok(recorded.map_or(State::Never, |graph| State::Recorded(graph, out)))
 }

@@ -6,6 +6,7 @@ use super::Filter;
 use crate::ops::gpu::{Buffer, Carried, Gpu, Grid, Later, Plain, View, Words};
 use candle_core::{Result, Tensor, bail};
 use std::cmp::Reverse;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The widest vocabulary whose weights sum to less than 2^64.
@@ -152,7 +153,7 @@ fn number(v: usize) -> u32 {
 pub enum Of {
     /// This one's.
     Token(u32),
-    /// That of the token which this choice of the same plan takes, counted from 0.
+    /// That of the token which this choice of the same block takes, counted from 0.
     Choice(usize),
 }
 
@@ -194,6 +195,16 @@ pub struct Logprobs {
     pub top: Vec<(u32, f32)>,
 }
 
+/// What becomes of some of a step's rows of logits, which are there at once.
+pub struct Block {
+    /// Which of them.
+    pub rows: Range<usize>,
+    /// Tokens to choose; rows count from the first of these.
+    pub choices: Choices,
+    /// Log-probabilities to compute, likewise.
+    pub wanted: Vec<Wanted>,
+}
+
 /// Chooses tokens, a step after the other. What it needs on the device is kept from step to step.
 pub struct Sampling {
     gpu: Gpu,
@@ -204,132 +215,178 @@ pub struct Sampling {
     scores: Arc<Buffer>,
 }
 
-/// What to choose and what to compute from one block of rows of logits, as it lies among the words that a step carries.
+/// What a step chooses and computes, as it lies among the words that the step carries.
 pub struct Plan {
-    /// Rows of the block.
-    rows: usize,
-    /// Place of the first token.
-    at: usize,
-    /// Tokens to choose.
-    count: usize,
-    /// Where lists start among the words, and where all end.
-    choices_at: usize,
-    changes_at: usize,
-    wanted_at: usize,
+    layout: Layout,
+    /// Words that must be there.
     end: usize,
-    /// Of each that is wanted, how many more.
+    /// Of each log-probability that is wanted, how many more.
     tops: Vec<usize>,
 }
 
-/// Log-probabilities on their way to the host.
-pub struct Scores {
-    bits: Later<u32>,
+/// What the launches of a plan depend on, up to what they read from the device.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Layout {
+    blocks: Vec<Planned>,
+    /// Tokens that are chosen.
+    chosen: usize,
+    /// The word at which changes start, and room for how many there is: a power of two.
+    changes_at: usize,
+    changes: usize,
+    /// Pairs of the widest list of tokens.
+    width: usize,
+    /// Bytes of the buffer of scores: it changes with them alone.
+    room: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Planned {
+    rows: Range<usize>,
+    /// Places of its tokens.
+    tokens: Range<usize>,
+    /// Places of its scores.
+    scores: Range<usize>,
+    /// Where its lists start among the words.
+    choices_at: usize,
+    wanted_at: usize,
+}
+
+/// What a step has chosen, on its way to the host.
+pub struct Chosen {
+    tokens: Later<u32>,
+    /// If any are wanted.
+    bits: Option<Later<u32>>,
     width: usize,
     tops: Vec<usize>,
 }
 
 impl Sampling {
-    /// Tokens that `before` has room for.
-    pub fn most(before: &Buffer) -> usize {
-        before.bytes() / size_of::<u32>()
-    }
-
-    /// For steps of about `rows` tokens, of which [`Sampling::most`] go to `before` when a step has ended.
+    /// For steps of up to as many tokens as `before` has room for, where they go when a step has ended.
     ///
     /// # Errors
     /// When the device has no memory for it.
-    pub fn new(gpu: &Gpu, before: &Arc<Buffer>, rows: usize) -> Result<Self> {
+    pub fn new(gpu: &Gpu, before: &Arc<Buffer>) -> Result<Self> {
         let room = |bytes: usize| Ok::<_, candle_core::Error>(Arc::new(Buffer::poisoned(gpu, bytes)?));
-        Ok(Sampling {
-            gpu: gpu.clone(),
-            tokens: room(before.bytes())?,
-            before: before.clone(),
-            scores: room(rows * 4)?,
-        })
+        // Tests outgrow that of scores.
+        let scores = if cfg!(debug_assertions) { 4 } else { 1 << 16 };
+        Ok(Sampling { gpu: gpu.clone(), tokens: room(before.bytes())?, before: before.clone(), scores: room(scores)? })
     }
 
-    /// Adds to `words` what to choose and what is wanted of a block of `rows` rows of logits; its tokens get the places from `at` on.
+    /// Adds to `words` what to choose from the `blocks` of a step, after all work on the last one. Tokens get their places, and
+    /// log-probabilities their order, from the first block to the last.
     ///
     /// # Errors
     /// If there are no such rows, places or choices, or too many tokens are to be listed.
-    pub fn plan(
-        &self,
-        rows: usize,
-        at: usize,
-        choices: &Choices,
-        wanted: &[Wanted],
-        words: &mut Words,
-    ) -> Result<Plan> {
-        let (count, room) = (choices.len(), Self::most(&self.tokens));
-        if let Some(c) = choices.rows.iter().find(|c| c.row as usize >= rows) {
-            bail!("sample: row {} of {rows} rows of logits", c.row);
+    pub fn plan(&mut self, blocks: &[Block], words: &mut Words) -> Result<Plan> {
+        let room = self.tokens.bytes() / size_of::<u32>();
+        let (mut planned, mut tops, mut chosen, mut changes) = (Vec::new(), Vec::new(), 0, Vec::new());
+        for Block { rows, choices, wanted } in blocks {
+            let (n, first) = (rows.len(), number(changes.len()));
+            if let Some(c) = choices.rows.iter().find(|c| c.row as usize >= n) {
+                bail!("sample: row {} of {n} rows of logits", c.row);
+            }
+            if let Some(c) = choices.rows.iter().find(|c| c.pending != NONE && c.pending as usize >= room) {
+                bail!("sample: a token in place {} of {room}", c.pending);
+            }
+            let raw = wanted.iter().map(|w| w.raw(n, choices.len())).collect::<Result<Vec<_>>>()?;
+            let moved = |c: &Choice| Choice { begin: first + c.begin, end: first + c.end, ..*c };
+            planned.push(Planned {
+                rows: rows.clone(),
+                tokens: chosen..chosen + choices.len(),
+                scores: tops.len()..tops.len() + raw.len(),
+                choices_at: words.add(&choices.rows.iter().map(moved).collect::<Vec<_>>()),
+                wanted_at: words.add(&raw),
+            });
+            chosen += choices.len();
+            changes.extend_from_slice(&choices.changes);
+            tops.extend(wanted.iter().map(|w| w.top));
         }
-        if let Some(c) = choices.rows.iter().find(|c| c.pending != NONE && c.pending as usize >= room) {
-            bail!("sample: a token in place {} of {room}", c.pending);
+        if chosen > room {
+            bail!("sample: {chosen} tokens in a step, {room} have room");
         }
-        if at + count > room {
-            bail!("sample: {} tokens in a step, {room} have room", at + count);
+        // Their number changes from step to step, and what lies behind them must not move with it.
+        if !changes.is_empty() {
+            changes.resize(changes.len().next_power_of_two(), Change { id: 0, count: 0 });
         }
-        let raw = wanted.iter().map(|w| w.raw(rows, count)).collect::<Result<Vec<_>>>()?;
-        let choices_at = words.add(&choices.rows);
-        let changes_at = words.add(&choices.changes);
-        let wanted_at = words.add(&raw);
-        let tops = wanted.iter().map(|w| w.top).collect();
-        Ok(Plan { rows, at, count, choices_at, changes_at, wanted_at, end: words.len(), tops })
+        let (changes_at, changes) = (words.add(&changes), changes.len());
+        let width = tops.iter().copied().max().unwrap_or(0);
+        Buffer::make_room(&mut self.scores, &self.gpu, tops.len() * (1 + 2 * width) * size_of::<u32>())?;
+        let layout = Layout { blocks: planned, chosen, changes_at, changes, width, room: self.scores.bytes() };
+        Ok(Plan { layout, end: words.len(), tops })
     }
 
-    /// Chooses the tokens of `plan` from logits `[rows, vocab]`; its words went over in `carried`, with the pass that gave these logits. Then
-    /// computes what is wanted of the log-probabilities of these rows.
-    pub fn choose(&mut self, logits: &Tensor, plan: &Plan, carried: &Carried) -> Result<Option<Scores>> {
-        let rows = logits.dims2()?.0;
-        if rows != plan.rows {
-            bail!("sample: {rows} rows of logits, planned for {}", plan.rows);
+    /// Chooses the tokens of a block of `plan` from its logits `[rows, vocab]`, and computes what is wanted of their log-probabilities. The
+    /// plan's words went over in `carried`, with the pass that gave these logits.
+    ///
+    /// # Errors
+    /// If logits or words are not those of the plan, or the vocabulary is too wide.
+    pub fn choose(&self, plan: &Plan, block: usize, logits: &Tensor, carried: &Carried) -> Result<()> {
+        let (rows, layout) = (logits.dims2()?.0, &plan.layout);
+        let Some(Planned { rows: own, tokens, scores, choices_at, wanted_at }) = layout.blocks.get(block) else {
+            bail!("sample: block {block} of {}", layout.blocks.len())
+        };
+        if rows != own.len() {
+            bail!("sample: {rows} rows of logits, planned for {}", own.len());
         }
         if plan.end > carried.len() {
             bail!("sample: {} words were carried, the plan has {}", carried.len(), plan.end);
         }
+        let [choices, changes, wanted] = [*choices_at, layout.changes_at, *wanted_at].map(|word| carried.word(word));
+        let grid = |blocks: usize| Grid { blocks: [number(blocks), 1, 1], threads: THREADS, shared: SHARED };
         self.gpu.with("sample", &[logits], |views| {
-            let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let [choices, changes] = [plan.choices_at, plan.changes_at].map(|word| carried.word(word));
-            let tokens = &self.tokens;
-            let call = self.gpu.call("sample", logits.dtype()).view(logits).buffer(choices.0, choices.1, 4);
-            let call = call.buffer(changes.0, changes.1, 4).buffer(&self.before, 0, 4).buffer(tokens, plan.at, 4);
-            let grid = Grid { blocks: [number(plan.count), 1, 1], threads: THREADS, shared: SHARED };
+            let (view, vocab) = (&views[0], vocabulary(&views[0])?);
+            let call = self.gpu.call("sample", logits.dtype()).view(view).buffer(choices.0, choices.1, 4);
+            let call = call.buffer(changes.0, changes.1, 4).buffer(&self.before, 0, 4);
+            let call = call.buffer(&self.tokens, tokens.start, 4).int(vocab);
             // SAFETY: the kernel's arguments; `plan` checked rows and places and wrote as many choices and changes as it says, and as many words
             // were carried.
-            unsafe { call.int(vocab).launch(grid) }
+            unsafe { call.launch(grid(tokens.len())) }
         })?;
-        if plan.tops.is_empty() { Ok(None) } else { self.score(logits, plan, carried).map(Some) }
-    }
-
-    fn score(&mut self, logits: &Tensor, plan: &Plan, carried: &Carried) -> Result<Scores> {
-        let tops = plan.tops.clone();
-        let width = tops.iter().copied().max().unwrap_or(0);
-        let words = tops.len() * (1 + 2 * width);
-        Buffer::make_room(&mut self.scores, &self.gpu, words * size_of::<u32>())?;
+        if scores.is_empty() {
+            return Ok(());
+        }
         self.gpu.with("logprobs", &[logits], |views| {
-            let (logits, vocab) = (&views[0], vocabulary(&views[0])?);
-            let wanted = carried.word(plan.wanted_at);
-            let call = self.gpu.call("logprobs", logits.dtype()).view(logits).buffer(wanted.0, wanted.1, 4);
-            let call = call.buffer(&self.tokens, plan.at, 4).buffer(&self.scores, 0, 4);
-            let grid = Grid { blocks: [number(tops.len()), 1, 1], threads: THREADS, shared: SHARED };
-            // SAFETY: the kernel's arguments; rows, choices and the width were checked, and there is room for all that is wanted.
-            unsafe { call.int(vocab).int(width).launch(grid) }
-        })?;
-        Ok(Scores { bits: self.scores.read_later(0, words)?, width, tops })
+            let (view, vocab) = (&views[0], vocabulary(&views[0])?);
+            let call = self.gpu.call("logprobs", logits.dtype()).view(view).buffer(wanted.0, wanted.1, 4);
+            let call = call.buffer(&self.tokens, tokens.start, 4);
+            let call = call.buffer(&self.scores, scores.start * (1 + 2 * layout.width), 4).int(vocab).int(layout.width);
+            // SAFETY: the kernel's arguments; `plan` checked rows, choices and the width, and made room for all that is wanted.
+            unsafe { call.launch(grid(scores.len())) }
+        })
     }
 
-    /// Ends the step: its `chosen` tokens are on their way to the host, and the next one's rows may name them by their places.
-    pub fn finish(&mut self, chosen: usize) -> Result<Later<u32>> {
-        self.before.copy(&self.tokens, chosen * size_of::<u32>())?;
-        self.tokens.read_later(0, chosen)
+    /// Ends a step all of whose blocks were chosen from: rows and penalties of the next one may name its tokens by their places.
+    pub fn end(&self, plan: &Plan) -> Result<()> {
+        self.before.copy(&self.tokens, plan.layout.chosen * size_of::<u32>())
+    }
+
+    /// What the last step has chosen, of which this was the plan.
+    pub fn read(&self, plan: Plan) -> Result<Chosen> {
+        let Plan { layout: Layout { chosen, width, .. }, tops, .. } = plan;
+        let bits = match tops.len() {
+            0 => None,
+            n => Some(self.scores.read_later(0, n * (1 + 2 * width))?),
+        };
+        Ok(Chosen { tokens: self.tokens.read_later(0, chosen)?, bits, width, tops })
     }
 }
 
-impl Scores {
-    /// Waits for them, one for each that was wanted.
-    pub fn wait(self) -> Result<Vec<Logprobs>> {
-        let (bits, width) = (self.bits.wait()?, self.width);
+impl Plan {
+    /// Equal ones have equal launches, up to what those read from the device.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Of each block, its rows.
+    pub fn blocks(&self) -> impl Iterator<Item = &Range<usize>> {
+        self.layout.blocks.iter().map(|block| &block.rows)
+    }
+}
+
+impl Chosen {
+    /// Waits for the tokens, in the order of their places, and the log-probabilities, in the order in which they were wanted.
+    pub fn wait(self) -> Result<(Vec<u32>, Vec<Logprobs>)> {
+        let (tokens, width) = (self.tokens.wait()?, self.width);
         let read = |(bits, top): (&[u32], &usize)| {
             let (ids, logprobs) = bits[1..].split_at(width);
             // A small vocabulary may have fewer.
@@ -337,7 +394,8 @@ impl Scores {
             let top = listed.map(|(id, x)| (*id, f32::from_bits(*x))).collect();
             Logprobs { logprob: f32::from_bits(bits[0]), top }
         };
-        Ok(bits.chunks_exact(1 + 2 * width).zip(&self.tops).map(read).collect())
+        let bits = self.bits.map_or(Ok(Vec::new()), Later::wait)?;
+        Ok((tokens, bits.chunks_exact(1 + 2 * width).zip(&self.tops).map(read).collect()))
     }
 }
 

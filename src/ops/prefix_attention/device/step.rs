@@ -38,7 +38,7 @@ impl Uploads {
     }
 
     /// Puts a step there, after all work on the last one. `sources`, `positions` and `slots` are one each a row; `step` says what the
-    /// layers with `attentions` attend to; `carried` is for whoever reads it after them.
+    /// layers with `attentions` attend to; `carried` is for what follows them.
     ///
     /// # Errors
     /// As of [`DevicePlan::new`] and [`DeviceRows::new`].
@@ -60,9 +60,9 @@ impl Uploads {
             }
         }
         let lists: Vec<_> = lists.into_iter().map(|(a, list)| (a, words.add(&list.data), list)).collect();
-        // What a graph reads is in the same places each time. The length of the table changes, so what no graph reads comes after it.
-        let table = words.add(step.table);
+        // What a graph reads is in the same places each time. The length of the table is in no graph's key, so it is last.
         let carried_at = words.append(carried);
+        let table = words.add(step.table);
         words.replace(&self.gpu, &mut self.words)?;
         let plan = |(attention, at, list)| {
             let step = Step { attention, ..*step };

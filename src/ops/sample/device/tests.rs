@@ -148,38 +148,40 @@ fn sampling(order: u32, before: &[u32]) -> Sampling {
     let gpu = Gpu::emulated(order);
     let there = Buffer::poisoned(&gpu, 4 * 64).unwrap();
     there.write(0, before).unwrap();
-    Sampling::new(&gpu, &Arc::new(there), 1).unwrap()
+    Sampling::new(&gpu, &Arc::new(there)).unwrap()
 }
 
-/// Plans and chooses in one.
-fn choose(
-    sampling: &mut Sampling,
-    logits: &Tensor,
-    at: usize,
-    choices: &Choices,
-    wanted: &[Wanted],
-) -> Result<Option<Scores>> {
+/// Plans and chooses the blocks of a step in one.
+fn choose(sampling: &mut Sampling, logits: &[&Tensor], blocks: &[Block]) -> Result<Chosen> {
     // Behind other words.
     let mut words = Words::default();
     words.add(&[7u32; 5]);
-    let plan = sampling.plan(logits.dims2()?.0, at, choices, wanted, &mut words)?;
+    let plan = sampling.plan(blocks, &mut words)?;
     let carried = words.carry(&sampling.gpu)?;
-    sampling.choose(logits, &plan, &carried)
+    logits.iter().enumerate().try_for_each(|(i, logits)| sampling.choose(&plan, i, logits, &carried))?;
+    sampling.end(&plan)?;
+    sampling.read(plan)
+}
+
+fn block(first: usize, logits: &Tensor, choices: &Choices, wanted: &[Wanted]) -> Block {
+    let choices = Choices { rows: choices.rows.clone(), changes: choices.changes.clone() };
+    Block { rows: first..first + logits.dims()[0], choices, wanted: wanted.to_vec() }
 }
 
 /// Tokens in each order of threads, which must be the same; `before` is what the step before chose.
 fn tokens(logits: &Tensor, choices: &Choices, before: &[u32], orders: &[u32]) -> Vec<u32> {
     let run = |order: u32| {
         let mut sampling = sampling(order, before);
-        assert!(choose(&mut sampling, logits, 0, choices, &[]).unwrap().is_none());
-        let tokens = sampling.finish(choices.len()).unwrap();
+        let chosen = choose(&mut sampling, &[logits], &[block(0, logits, choices, &[])]).unwrap();
         // The next step finds them, and what is chosen then does not disturb what is on its way.
         assert_eq!(
             sampling.before.read::<u32>(0, choices.len()).unwrap(),
             sampling.tokens.read::<u32>(0, choices.len()).unwrap()
         );
         sampling.tokens.fill(0xff).unwrap();
-        tokens.wait().unwrap()
+        let (tokens, scores) = chosen.wait().unwrap();
+        assert!(scores.is_empty());
+        tokens
     };
     let first = run(orders[0]);
     orders[1..].iter().for_each(|order| assert_eq!(run(*order), first, "order {order}"));
@@ -289,9 +291,10 @@ fn log_probabilities_are_the_cpus() {
                 top: [0, 1, 5, 20][i % 4],
             })
             .collect();
-        // Behind three tokens of another block of rows.
-        let run =
-            |order| choose(&mut sampling(order, &[]), &logits, 3, &choices, &wanted).unwrap().unwrap().wait().unwrap();
+        let run = |order| {
+            let block = block(0, &logits, &choices, &wanted);
+            choose(&mut sampling(order, &[]), &[&logits], &[block]).unwrap().wait().unwrap().1
+        };
         let got = run(0);
         for order in [1, 7] {
             assert_eq!(format!("{:?}", run(order)), format!("{got:?}"), "order {order}");
@@ -321,68 +324,77 @@ fn what_does_not_fit_is_refused() {
     let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
     let mut choices = Choices::default();
     choices.push(2, &filter, 0.0, &Penalties::NONE, [], &[]);
-    let mut try_at = |logits: &Tensor, at, choices: &Choices| choose(&mut sampling, logits, at, choices, &[]).map(drop);
-    assert!(try_at(&logits, 0, &choices).unwrap_err().to_string().contains("row 2 of 2"));
+    let mut try_with = |logits: &Tensor, choices: &Choices, wanted: &[Wanted]| {
+        choose(&mut sampling, &[logits], &[block(0, logits, choices, wanted)]).map(drop)
+    };
+    assert!(try_with(&logits, &choices, &[]).unwrap_err().to_string().contains("row 2 of 2"));
     let wide = Tensor::zeros((3, MOST_TOKENS + 1), DType::F16, &Device::Cpu).unwrap();
-    assert!(try_at(&wide, 0, &choices).unwrap_err().to_string().contains("524289"));
-    assert!(try_at(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), 0, &choices).is_err());
+    assert!(try_with(&wide, &choices, &[]).unwrap_err().to_string().contains("524289"));
+    assert!(try_with(&Tensor::zeros((3, 0), DType::F32, &Device::Cpu).unwrap(), &choices, &[]).is_err());
     let three = Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
-    assert!(try_at(&three, 64, &choices).unwrap_err().to_string().contains("65 tokens in a step"));
+    (0..64).for_each(|_| choices.push(0, &filter, 0.0, &Penalties::NONE, [], &[]));
+    assert!(try_with(&three, &choices, &[]).unwrap_err().to_string().contains("65 tokens in a step"));
+    choices = Choices::default();
     choices.push(0, &filter, 0.0, &Penalties { pending: Some(64), ..Penalties::NONE }, [], &[]);
-    assert!(try_at(&three, 0, &choices).unwrap_err().to_string().contains("place 64 of 64"));
+    assert!(try_with(&three, &choices, &[]).unwrap_err().to_string().contains("place 64 of 64"));
     choices = Choices::default();
     choices.push(0, &filter, 0.0, &Penalties::NONE, [], &[]);
     for (row, of, top) in [(2, Of::Token(0), 0), (0, Of::Choice(1), 0), (0, Of::Token(0), MOST_TOP + 1)] {
-        assert!(choose(&mut sampling, &logits, 0, &choices, &[Wanted { row, of, top }]).is_err());
+        assert!(try_with(&logits, &choices, &[Wanted { row, of, top }]).is_err());
     }
-    let wanted = [Wanted { row: 1, of: Of::Token(4), top: 0 }];
-    let beyond = choose(&mut sampling, &logits, 0, &choices, &wanted).unwrap().unwrap().wait().unwrap();
-    assert!(beyond[0].logprob.is_nan());
-    assert!(sampling.finish(65).is_err());
-    // A plan is for as many rows as it says.
+    let beyond = block(0, &logits, &choices, &[Wanted { row: 1, of: Of::Token(4), top: 0 }]);
+    let (_, scores) = choose(&mut sampling, &[&logits], &[beyond]).unwrap().wait().unwrap();
+    assert!(scores[0].logprob.is_nan());
+    // A plan is for as many rows and blocks as it says.
     let mut words = Words::default();
-    let plan = sampling.plan(3, 0, &choices, &[], &mut words).unwrap();
+    let plan = sampling.plan(&[block(0, &three, &choices, &[])], &mut words).unwrap();
     let carried = words.carry(&sampling.gpu).unwrap();
-    assert!(
-        sampling
-            .choose(&logits, &plan, &carried)
-            .map(drop)
-            .unwrap_err()
-            .to_string()
-            .contains("2 rows of logits, planned for 3")
-    );
+    let refused = |block, logits: &Tensor, carried: &Carried| {
+        sampling.choose(&plan, block, logits, carried).unwrap_err().to_string()
+    };
+    assert!(refused(0, &logits, &carried).contains("2 rows of logits, planned for 3"));
+    assert!(refused(1, &three, &carried).contains("block 1 of 1"));
     let none = Words::default().carry(&sampling.gpu).unwrap();
-    let three = sampling.choose(&three, &plan, &none).map(drop);
-    assert!(three.unwrap_err().to_string().contains("0 words were carried"));
-    assert_eq!(Sampling::most(&sampling.before), 64);
+    assert!(refused(0, &three, &none).contains("0 words were carried"));
 }
 
-/// Two blocks of rows, each with changes and wanted log-probabilities, in one copy.
+/// Blocks of rows, each with changes and wanted log-probabilities, in one copy.
 #[test]
 fn blocks_of_a_step_go_over_together() {
     let mut rng = StdRng::seed_from_u64(5);
-    let wanted = [Wanted { row: 1, of: Of::Choice(1), top: 2 }];
-    let blocks = [3, 2].map(|count| {
+    let blocks = [3, 2, 4].map(|count| {
         let (values, mut choices) = (rows(&mut rng, count, 300), Choices::default());
         for (row, values) in values.chunks(300).enumerate() {
             Case { unread: None, ..Case::random(&mut rng, values) }.push(&mut choices, row);
         }
-        (Tensor::from_vec(values, (count, 300), &Device::Cpu).unwrap(), choices)
+        let wanted = Wanted { row: 1, of: Of::Choice(1), top: count };
+        (Tensor::from_vec(values, (count, 300), &Device::Cpu).unwrap(), choices, vec![wanted; count - 2])
     });
-    let (mut sampling, mut words, mut at) = (sampling(0, &[]), Words::default(), 0);
-    let plans = blocks.each_ref().map(|(logits, choices)| {
-        let plan = sampling.plan(logits.dims()[0], at, choices, &wanted, &mut words).unwrap();
-        at += choices.len();
-        plan
-    });
-    let carried = words.carry(&sampling.gpu).unwrap();
-    let mut alone = Vec::new();
-    for ((logits, choices), plan) in blocks.iter().zip(&plans) {
-        let together = sampling.choose(logits, plan, &carried).unwrap().unwrap().wait().unwrap();
-        let mut one = self::sampling(0, &[]);
-        let score = choose(&mut one, logits, 0, choices, &wanted).unwrap().unwrap().wait().unwrap();
-        assert_eq!(format!("{score:?}"), format!("{together:?}"));
-        alone.extend(one.finish(choices.len()).unwrap().wait().unwrap());
+    let (mut alone, mut scores) = (Vec::new(), Vec::new());
+    for (logits, choices, wanted) in &blocks {
+        let block = block(0, logits, choices, wanted);
+        let (tokens, own) = choose(&mut sampling(0, &[]), &[logits], &[block]).unwrap().wait().unwrap();
+        alone.extend(tokens);
+        scores.extend(own);
     }
-    assert_eq!(sampling.finish(at).unwrap().wait().unwrap(), alone);
+    let mut first = 0;
+    let together = blocks.each_ref().map(|(logits, choices, wanted)| {
+        let block = block(first, logits, choices, wanted);
+        first = block.rows.end;
+        block
+    });
+    let logits = blocks.each_ref().map(|(logits, ..)| logits);
+    let got = choose(&mut sampling(0, &[]), &logits, &together).unwrap().wait().unwrap();
+    assert_eq!(format!("{got:?}"), format!("{:?}", (alone, scores)));
+    // How many tokens were seen moves nothing that a graph reads, until they are twice as many.
+    let mut changed = sampling(0, &[]);
+    let mut planned = |changes: u32| {
+        let (mut choices, logits) = (Choices::default(), Tensor::zeros((2, 300), DType::F32, &Device::Cpu).unwrap());
+        let filter = Filter { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+        choices.push(0, &filter, 0.0, &Penalties::NONE, (0..changes).map(|id| (id, 1)), &[]);
+        let blocks = [block(0, &logits, &choices, &[]), block(2, &logits, &choices, &[])];
+        let mut words = Words::default();
+        (changed.plan(&blocks, &mut words).unwrap().layout().clone(), words.len())
+    };
+    assert!(planned(130) == planned(200) && planned(200).0 != planned(300).0);
 }
