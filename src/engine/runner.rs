@@ -88,6 +88,8 @@ impl Runner {
         mut take: impl FnMut(&[LogitUse], &[f32]),
     ) -> Result<(Duration, Option<Chosen>)> {
         if prepared.batch.inputs.is_empty() {
+            // Copies of stored prefixes may be under way: whose they are is known now.
+            self.model.synchronize()?;
             return Ok((Duration::ZERO, None));
         }
         let began = Instant::now();

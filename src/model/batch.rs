@@ -33,7 +33,7 @@ pub struct Batch {
 
 /// What a forward pass gives.
 pub struct Forward {
-    /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted, or if all became tokens on a GPU.
+    /// `[logit_rows, hidden]`, final norm applied; `None` if no logits are wanted, and of a step that a GPU ran as a graph.
     pub hidden: Option<Tensor>,
     /// What came of [`Batch::choose`], on a GPU.
     pub chosen: Option<Chosen>,
@@ -48,7 +48,7 @@ pub struct PackedBatch {
     pub positions: Vec<u32>,
     /// Which rows attend to which; rows of K and V are the stored prefixes, then these rows.
     pub sequences: Vec<PackedSequence>,
-    /// Rows whose hidden states are wanted, ascending.
+    /// Rows whose hidden states are wanted, in the order of what is to be learnt from them; one may come again.
     pub wanted: Vec<u32>,
 }
 

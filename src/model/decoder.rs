@@ -259,10 +259,10 @@ impl Decoder {
     }
 
     /// Bytes that the activations of a step of `rows` rows take at most on a GPU: what one layer has at once, and the logits of a
-    /// block of rows.
+    /// block of rows, for steps that are launched and for graphs, which have memory of their own.
     pub fn step_bytes(&self, rows: usize) -> usize {
         let c = &self.config;
-        let logits = 4 * c.vocab_size * rows.min(64);
+        let logits = 4 * c.vocab_size * rows.min(64) * if c.logit_cap.is_some() { 2 } else { 1 };
         2 * rows * self.activation_bytes_per_row() + 2 * logits
     }
 

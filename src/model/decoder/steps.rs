@@ -63,7 +63,8 @@ impl Decoder {
             Ok(hidden)
         };
         let chosen_from: usize = plan.blocks().map(Range::len).sum();
-        let decodes = batch.soft.is_empty() && batch.sequences.len() == rows && chosen_from == rows;
+        let each = [batch.sequences.len(), batch.logit_rows.len(), chosen_from] == [rows; 3];
+        let decodes = batch.soft.is_empty() && each;
         let hidden = match graphs {
             Some(graphs) if decodes => {
                 graphs.run(gpu, Shape { pool: kv.id(), rows, launched, chosen: plan.layout().clone() }, || {
@@ -127,7 +128,8 @@ impl Graphs {
     fn run(&mut self, gpu: &Gpu, shape: Shape, work: impl Fn() -> Result<()>) -> Result<()> {
         self.clock += 1;
         if self.known.len() >= MOST && !self.known.contains_key(&shape) {
-            let oldest = self.known.iter().min_by_key(|(_, known)| known.used).map(|(shape, _)| shape.clone());
+            let worth = |known: &Known| (matches!(known.state, State::Recorded(_)), known.used);
+            let oldest = self.known.iter().min_by_key(|(_, known)| worth(known)).map(|(shape, _)| shape.clone());
             oldest.and_then(|shape| self.known.remove(&shape));
         }
         let Some(known) = self.known.get_mut(&shape) else {

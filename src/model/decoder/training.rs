@@ -48,7 +48,7 @@ impl Decoder {
         let view = View::Packed { stored, plan: rows.plan.clone(), device: rows.device.clone() };
         let pass = Pass { at: rows.at.clone(), view };
         match rows.wanted.as_ref().filter(|_| index + 1 == self.config.num_layers()) {
-            // There few rows have products of their own, with other bits: a job's would depend on who shares its batch.
+            // There few rows have products of their own, with other bits: more would then depend on who shares a job's batch.
             Some(wanted) if self.machine.gpu().is_some() => {
                 Ok(self.layer(index, x, &pass, None)?.index_select(wanted, 0)?)
             }

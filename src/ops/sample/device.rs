@@ -233,7 +233,7 @@ pub struct Layout {
     /// The word at which changes start, and room for how many there is: a power of two.
     changes_at: usize,
     changes: usize,
-    /// Pairs of the widest list of tokens.
+    /// Pairs of a list of tokens.
     width: usize,
     /// Bytes of the buffer of scores: it changes with them alone.
     room: usize,
@@ -309,7 +309,8 @@ impl Sampling {
             changes.resize(changes.len().next_power_of_two(), Change { id: 0, count: 0 });
         }
         let (changes_at, changes) = (words.add(&changes), changes.len());
-        let width = tops.iter().copied().max().unwrap_or(0);
+        // Few graphs, whatever is asked for.
+        let width = if tops.iter().any(|top| *top > 0) { MOST_TOP } else { 0 };
         Buffer::make_room(&mut self.scores, &self.gpu, tops.len() * (1 + 2 * width) * size_of::<u32>())?;
         let layout = Layout { blocks: planned, chosen, changes_at, changes, width, room: self.scores.bytes() };
         Ok(Plan { layout, end: words.len(), tops })

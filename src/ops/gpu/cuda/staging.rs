@@ -6,8 +6,8 @@ use candle_core::{Result, bail};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Larger copies are a model's weights, for which nobody waits. A step of 256 rows with penalties on 2,000 tokens each is smaller.
-const MOST: usize = 4 << 20;
+/// Larger copies are a model's weights, for which nobody waits. A step of 256 rows with penalties on 2,000 tokens each takes 4 MiB and its rows.
+const MOST: usize = 8 << 20;
 /// Copies under way before the oldest is waited for.
 const MANY: usize = 64;
 
