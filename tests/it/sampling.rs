@@ -3,17 +3,17 @@
 use crate::support::{ask_all, load, logits, request};
 use prefixd::config::{DtypeChoice, EngineConfig};
 use prefixd::engine::Engine;
-use prefixd::engine::request::{FinishReason, Request, Sampling};
+use prefixd::engine::request::{FinishReason, Request, Sampling, TokenLogprob};
 use prefixd::model::{LoadOptions, Model, source};
-use prefixd::ops::sample::{Filter, draw};
+use prefixd::ops::sample::{Filter, draw, log_sum_exp, top_n};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::HashMap;
 
 const MODEL: &str = "tests/oracle/results/peft/qwen3_tied";
 
-/// Tokens and why they end.
-fn expected(model: &Model, prompt: &[u32], request: &Request) -> (Vec<u32>, FinishReason) {
+/// Tokens with their log-probabilities, and why they end.
+fn expected(model: &Model, prompt: &[u32], request: &Request) -> (Vec<TokenLogprob>, FinishReason) {
     let (sampling, stopping) = (&request.sampling, &request.stopping);
     let filter = Filter {
         temperature: sampling.temperature,
@@ -22,9 +22,10 @@ fn expected(model: &Model, prompt: &[u32], request: &Request) -> (Vec<u32>, Fini
         min_p: sampling.min_p,
     };
     let mut rng = StdRng::seed_from_u64(sampling.seed);
-    let (mut text, mut out) = (prompt.to_vec(), Vec::new());
+    let (mut text, mut out, mut scores) = (prompt.to_vec(), Vec::new(), Vec::new());
     while out.len() < stopping.max_new_tokens {
         let mut row = logits(model, None, &text).pop().unwrap();
+        let bare = row.clone();
         let mut counts: HashMap<u32, u32> = HashMap::new();
         out.iter().for_each(|id| *counts.entry(*id).or_insert(0) += 1);
         for (id, x) in (0u32..).zip(&mut row) {
@@ -41,13 +42,17 @@ fn expected(model: &Model, prompt: &[u32], request: &Request) -> (Vec<u32>, Fini
         }
         let u = if filter.temperature > 0.0 { rng.random() } else { 0.0 };
         let id = draw(&row, &filter, u) as u32;
+        // Of the model's own distribution.
+        let (norm, top) = (log_sum_exp(&bare), top_n(&bare, request.top_logprobs.unwrap_or(0)));
+        let top = top.into_iter().map(|(id, x)| (id, x - norm)).collect();
+        scores.push(TokenLogprob { id, logprob: bare[id as usize] - norm, top });
         out.push(id);
         text.push(id);
         if model.eos_token_ids().contains(&id) {
-            return (out, FinishReason::Stop);
+            return (scores, FinishReason::Stop);
         }
     }
-    (out, FinishReason::Length)
+    (scores, FinishReason::Length)
 }
 
 #[test]
@@ -71,6 +76,7 @@ fn sampled_tokens_follow_from_the_logits() {
                 frequency_penalty: pick(&[0.0, 0.7]),
                 seed: i,
             };
+            r.top_logprobs = Some(i as usize % 2 * 4);
             r.stopping.ignore_eos = false;
             r.stopping.min_new_tokens = pick(&[0.0, 3.0, 9.0]) as usize;
             (prompt, r)
@@ -85,10 +91,17 @@ fn sampled_tokens_follow_from_the_logits() {
         let config = EngineConfig { kv_tokens, max_batch_tokens, max_sequences, ..EngineConfig::default() };
         let engine = Engine::start(load(MODEL, DtypeChoice::F32), &config).unwrap();
         let got = ask_all(&engine.handle(), asks.iter().map(|(_, r)| r.clone()).collect());
-        for (i, (got, (ids, reason))) in got.iter().zip(&want).enumerate() {
-            let tokens: Vec<u32> = got.tokens.iter().map(|t| t.id).collect();
-            assert_eq!((&tokens, got.finish.reason), (ids, *reason), "{i}: {:?}", asks[i].1.sampling);
-            assert_eq!(got.finish.usage.generated, ids.len());
+        for (i, (got, (tokens, reason))) in got.iter().zip(&want).enumerate() {
+            let ids = |tokens: &[TokenLogprob]| -> Vec<u32> { tokens.iter().map(|t| t.id).collect() };
+            let chosen = ids(&got.tokens);
+            assert_eq!((chosen, got.finish.reason), (ids(tokens), *reason), "{i}: {:?}", asks[i].1.sampling);
+            assert_eq!(got.finish.usage.generated, tokens.len());
+            for (got, want) in got.tokens.iter().zip(tokens) {
+                let close = |a: f32, b: f32| (a - b).abs() < 1e-4;
+                let tops = got.top.iter().zip(&want.top);
+                let close = tops.fold(close(got.logprob, want.logprob), |all, (got, want)| all && close(got.1, want.1));
+                assert!(close && got.top.len() == want.top.len(), "{i}: {got:?}, not {want:?}");
+            }
         }
         while engine.handle().stats().running > 0 {
             std::thread::yield_now();
