@@ -1,7 +1,7 @@
 """Makes the shipped adapters anew with prefixd itself, and measures them: data from the generator, training by RPC.
 
     cargo build --release && python adapters/make.py              # all, seeds 0 1 2
-    python adapters/make.py booking listing --seeds 0             # some of them
+    python adapters/make.py booking agenda --seeds 0              # some of them
 
 Needs nothing but Python and the executable. It starts a server on an empty store, trains every task once a seed, has
 `prefixd eval` compare generated answers with the targets, and writes: the folders of the first seed, their loss curves, the

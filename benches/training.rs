@@ -68,7 +68,7 @@ fn main() {
     }
 }
 
-/// Eight jobs with two sequences each, in one batch and one after the other.
+/// Eight jobs of so many sequences of so many tokens, in one batch and one after the other.
 fn together(model: &Model, sequences: usize, tokens: usize, tries: usize) {
     let mut jobs: Vec<Job> = (0..8).map(|_| job(model, Placement::Stored)).collect();
     let of = |job: usize| (0..sequences).map(|s| example(sequences * job + s, tokens)).collect();

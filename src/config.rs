@@ -222,6 +222,8 @@ pub struct TrainingConfig {
     pub activation_mib: usize,
     /// MiB that one layer's activations of the largest batch may take.
     pub batch_mib: usize,
+    /// MiB that a job's own weights may take, with their gradients, moments and copies.
+    pub weights_mib: usize,
     /// Seconds between checkpoints of a job.
     pub checkpoint_seconds: u64,
 }
@@ -240,6 +242,7 @@ impl Default for TrainingConfig {
             batch_rows: 2048,
             activation_mib: 1024,
             batch_mib: 1024,
+            weights_mib: 4096,
             checkpoint_seconds: 10,
         }
     }

@@ -53,7 +53,7 @@ pub(super) struct Train {
     #[arg(long)]
     skip_eval: bool,
     /// Where the loss curve goes [default: ID-loss.svg].
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.svg", value_parser = svg)]
     curve: Option<PathBuf>,
     #[command(flatten)]
     settings: settings::Settings,
@@ -144,4 +144,10 @@ async fn dataset(
 
 fn read(path: &Path) -> Result<String, Failure> {
     std::fs::read_to_string(path).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+/// The name of a picture.
+fn svg(name: &str) -> std::result::Result<PathBuf, String> {
+    let path = PathBuf::from(name);
+    if path.extension().is_some_and(|ending| ending == "svg") { Ok(path) } else { Err("must end with .svg".into()) }
 }

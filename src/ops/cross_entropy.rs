@@ -138,7 +138,7 @@ mod tests {
     /// Loss and gradient against f64, over more rows than a chunk.
     #[test]
     fn agrees_with_f64() {
-        let (n, width, vocab) = (70, 5, 11);
+        let (n, width, vocab) = (CHUNK + 70, 5, 11);
         let noise = |seed: usize, n: usize| -> Vec<f32> {
             (0..n).map(|i| (((i + 17 * seed) as f64 * 12.9898).sin() * 43758.547).fract() as f32 * 2.0).collect()
         };

@@ -5,6 +5,7 @@ use super::inference::Inference;
 use super::proto::{self, classify_request, continuation, generate_request, score_request};
 use crate::adapter::{Adapter, AdapterId, Registry};
 use crate::error::{Error, Kind, Result};
+use crate::tokenizer::chat::ChatMessage;
 use crate::training::dataset::Record;
 use crate::training::metrics;
 use crate::training::settings::TARGET;
@@ -71,6 +72,9 @@ impl Evaluator {
             "" => None,
             id => Some(self.registry.resolve(&AdapterId::parse(id)?)?),
         };
+        if request.generate && adapter.as_ref().is_some_and(|a| a.head.is_some()) {
+            return Err(Error::invalid("generate", true, "but a head answers for this adapter"));
+        }
         let side = Side::of(adapter.as_deref(), &request, template);
         let data = Arc::new(data);
         let answers = self.side(call, &side, &data).await?;
@@ -132,19 +136,14 @@ impl Evaluator {
     }
 
     async fn try_answer(&self, call: &Call, side: &Side, record: &Record) -> Result<Answer> {
-        let task_id = side.task_id.or(record.task_id.filter(|task| *task > 0));
-        let messages = || proto::Messages {
-            messages: record.messages[..record.messages.len().saturating_sub(1)]
-                .iter()
-                .map(|m| proto::ChatMessage { role: m.role.clone(), content: m.content.clone() })
-                .collect(),
-            add_generation_prompt: Some(true),
-        };
+        // The bare base has no tasks.
+        let of_record = record.task_id.filter(|task| *task > 0 && !side.adapter_id.is_empty());
+        let task_id = side.task_id.or(of_record);
         let (adapter_id, adapter_generation) = (side.adapter_id.clone(), side.generation);
         if let Some(labels) = &side.labels {
             let input = match &record.input {
                 Some(prompt) => classify_request::Input::Prompt(prompt.clone()),
-                None => classify_request::Input::Messages(messages()),
+                None => classify_request::Input::Messages(messages(record)),
             };
             let (input, texts) = (Some(input), labels.texts.clone());
             let request = proto::ClassifyRequest {
@@ -157,16 +156,18 @@ impl Evaluator {
             };
             let label = self.inference.classified(call, request).await?.label;
             let name = labels.texts.iter().position(|t| *t == label).and_then(|i| labels.names.get(i));
-            return Ok(Answer { text: name.cloned().unwrap_or(label), likelihood: None });
+            let text = name.cloned().unwrap_or(label);
+            // A head has no likelihood of tokens.
+            let likelihood =
+                if labels.texts.is_empty() { None } else { self.likelihood(call, side, record, task_id).await? };
+            return Ok(Answer { text, likelihood });
         }
-        let (generate, score) = match &record.input {
-            Some(prompt) => {
-                (generate_request::Input::Prompt(prompt.clone()), score_request::Input::Prompt(prompt.clone()))
-            }
-            None => (generate_request::Input::Messages(messages()), score_request::Input::Messages(messages())),
+        let generate = match &record.input {
+            Some(prompt) => generate_request::Input::Prompt(prompt.clone()),
+            None => generate_request::Input::Messages(messages(record)),
         };
         let request = proto::GenerateRequest {
-            adapter_id: adapter_id.clone(),
+            adapter_id,
             adapter_generation,
             input: Some(generate),
             sampling: Some(proto::Sampling { temperature: Some(0.0), ..Default::default() }),
@@ -175,19 +176,49 @@ impl Evaluator {
             ..Default::default()
         };
         let text = self.inference.generated(call, request).await?.choices.into_iter().next().map(|c| c.text);
-        let target = record.answers().first().map(|t| side.target_template.replace(TARGET, t)).unwrap_or_default();
+        let likelihood = self.likelihood(call, side, record, task_id).await?;
+        Ok(Answer { text: text.unwrap_or_default(), likelihood })
+    }
+
+    /// Of the first target: the sum of its tokens' log-probabilities, and their number.
+    async fn likelihood(
+        &self,
+        call: &Call,
+        side: &Side,
+        record: &Record,
+        task_id: Option<u32>,
+    ) -> Result<Option<(f64, usize)>> {
+        let input = match &record.input {
+            Some(prompt) => score_request::Input::Prompt(prompt.clone()),
+            None => score_request::Input::Messages(messages(record)),
+        };
+        let target = record.answers().first().copied().unwrap_or_default();
+        let target = match &side.labels {
+            // A label is written as its verbalizer.
+            Some(Labels { texts, names }) => {
+                names.iter().position(|name| name == target.trim()).and_then(|i| texts.get(i)).cloned()
+            }
+            None => None,
+        }
+        .unwrap_or_else(|| side.target_template.replace(TARGET, target));
         let request = proto::ScoreRequest {
-            adapter_id,
-            adapter_generation,
-            input: Some(score),
+            adapter_id: side.adapter_id.clone(),
+            adapter_generation: side.generation,
+            input: Some(input),
             continuations: vec![proto::Continuation { content: Some(continuation::Content::Text(target)) }],
             task_id,
             ..Default::default()
         };
         let scored = self.inference.scored(call, request).await?.scores.into_iter().next();
-        let likelihood = scored.map(|s| (s.logprob, s.tokens.len()));
-        Ok(Answer { text: text.unwrap_or_default(), likelihood })
+        Ok(scored.map(|s| (s.logprob, s.tokens.len())))
     }
+}
+
+/// A chat without its last message, which is the answer.
+fn messages(record: &Record) -> proto::Messages {
+    let asked = &record.messages[..record.messages.len().saturating_sub(1)];
+    let message = |m: &ChatMessage| proto::ChatMessage { role: m.role.clone(), content: m.content.clone() };
+    proto::Messages { messages: asked.iter().map(message).collect(), add_generation_prompt: Some(true) }
 }
 
 impl Side {
@@ -226,20 +257,21 @@ fn figures(side: &Side, data: &[Record], answers: &[Answer]) -> proto::Evaluatio
     let predictions: Vec<&str> = answers.iter().map(|a| a.text.trim()).collect();
     let references: Vec<Vec<&str>> = data.iter().map(|r| r.answers().iter().map(|t| t.trim()).collect()).collect();
     let exact_match = metrics::exact_match(&predictions, &references);
+    let (sum, tokens) = answers.iter().filter_map(|a| a.likelihood).fold((0.0, 0), |(s, n), (l, k)| (s + l, n + k));
+    let perplexity = (tokens > 0).then(|| metrics::perplexity(-sum, tokens));
     if side.labels.is_some() {
         let right: Vec<&str> = references.iter().map(|r| r.first().copied().unwrap_or("")).collect();
         let macro_f1 = Some(metrics::macro_f1(&predictions, &right));
-        return proto::EvaluationScores { exact_match, macro_f1, ..Default::default() };
+        return proto::EvaluationScores { exact_match, macro_f1, perplexity, ..Default::default() };
     }
     let rouge = metrics::rouge(&predictions, &references);
-    let (sum, tokens) = answers.iter().filter_map(|a| a.likelihood).fold((0.0, 0), |(s, n), (l, k)| (s + l, n + k));
     proto::EvaluationScores {
         exact_match,
         bleu: Some(metrics::bleu(&predictions, &references)),
         rouge1: Some(rouge.rouge1),
         rouge2: Some(rouge.rouge2),
         rouge_l: Some(rouge.rouge_l),
-        perplexity: (tokens > 0).then(|| metrics::perplexity(-sum, tokens)),
+        perplexity,
         ..Default::default()
     }
 }

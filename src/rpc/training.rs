@@ -179,6 +179,14 @@ impl Training {
             let text = format!("adapter `{adapter_id}` exists; set `replace` to replace it");
             return Err(Error::new(Kind::AlreadyExists, text));
         }
+        if message.pinned && !message.load {
+            return Err(Error::invalid("pinned", true, "but `load` is not set: nothing would be pinned"));
+        }
+        let under_way = |job: &JobStatus| job.adapter_id == adapter_id && !job.state.ended();
+        if let Some(job) = jobs.list().into_iter().find(under_way).filter(|_| !message.replace) {
+            let text = format!("job `{}` makes adapter `{adapter_id}`; set `replace` to replace what it makes", job.id);
+            return Err(Error::new(Kind::AlreadyExists, text));
+        }
         let settings = convert::settings(message.settings.unwrap_or_default())?;
         let data = self.datasets.read("data", message.data).await?;
         let evaluation = match message.evaluation_data {

@@ -64,6 +64,7 @@ pub(super) fn service(
         kept: t.kept_jobs,
         examples: t.max_examples,
         batch_bytes: t.batch_mib << 20,
+        weight_bytes: t.weights_mib << 20,
     };
     let engine = inference.engine.clone();
     let jobs = journal.and_then(|journal| {

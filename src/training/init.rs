@@ -3,7 +3,7 @@ use super::head::TrainedHead;
 use super::prompt_encoder::{EncoderKind, PromptEncoder};
 use super::settings::{Init, Reparametrisation, Settings, TrainMethod};
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::model::{Model, ModelInfo};
 use candle_core::{Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -79,6 +79,35 @@ pub fn encoder(model: &Model, settings: &Settings, seed: u64, text: &[u32]) -> R
         }
     };
     PromptEncoder::new(kind, weights)
+}
+
+/// How many numbers the weights of [`encoder`] are.
+pub fn size(info: &ModelInfo, settings: &Settings) -> usize {
+    let (n, hidden, keys) = (settings.num_virtual_tokens, info.hidden_size, info.num_kv_heads * info.head_dim);
+    let stored = 2 * info.num_layers * keys;
+    let width = |own: usize| if settings.encoder_hidden_size == 0 { own } else { settings.encoder_hidden_size };
+    let dense = |from: usize, to: usize| (from + 1).saturating_mul(to);
+    let parts = match (settings.method, settings.reparametrisation) {
+        (TrainMethod::PrefixTuning, Reparametrisation::Projection) => {
+            vec![n * keys, dense(keys, width(keys)), dense(width(keys), stored)]
+        }
+        (TrainMethod::PrefixTuning, _) => vec![n * stored],
+        (TrainMethod::PTuning, Reparametrisation::Lstm) => {
+            let h = width(hidden);
+            let layer = |i: usize| 2 * (dense(if i == 0 { hidden } else { 2 * h }, 4 * h) + dense(h, 4 * h));
+            let layers = (0..settings.encoder_num_layers).map(layer).fold(0, usize::saturating_add);
+            vec![n * hidden, layers, dense(2 * h, 2 * h), dense(2 * h, hidden)]
+        }
+        (TrainMethod::PTuning, _) => {
+            let h = width(hidden);
+            vec![n * hidden, dense(hidden, h), dense(h, h), dense(h, hidden)]
+        }
+        (TrainMethod::PromptTuning, _) => vec![n * hidden],
+        (TrainMethod::MultitaskPromptTuning, _) => {
+            vec![n * hidden, (settings.num_tasks.max(1) * settings.num_ranks).saturating_mul(n + hidden)]
+        }
+    };
+    parts.into_iter().fold(0, usize::saturating_add)
 }
 
 /// A head of `labels` classes, as transformers starts one: normal, standard deviation 0.02, no bias.

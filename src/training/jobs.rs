@@ -10,7 +10,7 @@ pub use status::{JobState, JobStatus, NewJob, Spec};
 use super::dataset;
 use super::journal::{Journal, Row};
 use super::run::{Happened, Report};
-use super::settings::TrainMethod;
+use super::settings::{MOST_TASKS, TrainMethod};
 use super::trainer::{Event, JobId, Order};
 use crate::adapter::peft::SavedAdapter;
 use crate::adapter::{AdapterId, BaseShape};
@@ -84,6 +84,8 @@ pub struct Limits {
     pub examples: usize,
     /// Bytes of activations that the largest batch of a job may take.
     pub batch_bytes: usize,
+    /// Bytes that a job's own weights may take, with their gradients, moments and copies.
+    pub weight_bytes: usize,
 }
 
 /// The handle. Cheap to clone.
@@ -169,8 +171,13 @@ impl Jobs {
             data.extend(dataset::check(new.evaluation, max)?);
         }
         if settings.method == TrainMethod::MultitaskPromptTuning && settings.num_tasks == 0 {
-            settings.num_tasks = data.iter().filter_map(|r| r.task_id).max().map_or(1, |most| most as usize + 1);
+            let most = data.iter().filter_map(|r| r.task_id).max().unwrap_or(0) as usize;
+            if most >= MOST_TASKS {
+                return Err(Error::invalid("task_id", most, format!("must be below {MOST_TASKS}")));
+            }
+            settings.num_tasks = most + 1;
         }
+        inner.check_weights(&settings)?;
         let card = prepare::with_labels(new.card, &settings, &data)?;
         let (load, pinned) = (new.load, new.pinned);
         let mut spec = Spec { settings, card, load, pinned, evaluation_lines, too_long: 0, examples: (0, 0), steps: 0 };

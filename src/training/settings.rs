@@ -175,6 +175,9 @@ impl Default for Settings {
     }
 }
 
+/// Tasks of a multitask prompt.
+pub const MOST_TASKS: usize = 10_000;
+
 /// Where the target stands in its template.
 pub const TARGET: &str = "{{ target }}";
 
@@ -203,7 +206,7 @@ impl Settings {
         within("settings.num_virtual_tokens", self.num_virtual_tokens, 1, max_model_len.saturating_sub(2).max(1))?;
         within("settings.encoder_hidden_size", self.encoder_hidden_size, 0, 65_536)?;
         within("settings.encoder_num_layers", self.encoder_num_layers, 1, 8)?;
-        within("settings.num_tasks", self.num_tasks, 0, 10_000)?;
+        within("settings.num_tasks", self.num_tasks, 0, MOST_TASKS)?;
         within("settings.num_ranks", self.num_ranks, 1, 1024)?;
         real("settings.learning_rate", self.learning_rate, 0.0, 1000.0)?;
         real("settings.weight_decay", self.weight_decay, 0.0, 10.0)?;
@@ -251,9 +254,28 @@ impl Settings {
             let rule = "but only MULTITASK_PROMPT_TUNING has tasks";
             return Err(Error::invalid("settings.num_tasks", self.num_tasks, rule));
         }
-        if !self.init_text.is_empty() && self.init != Init::Text {
-            let rule = "but `settings.init` is not TEXT";
-            return Err(Error::invalid("settings.init_text", format!("{:?}", self.init_text), rule));
+        let usual = Settings::default();
+        let network = self.method == TrainMethod::PTuning || self.reparametrisation == Reparametrisation::Projection;
+        if self.encoder_hidden_size != usual.encoder_hidden_size && !network {
+            let rule = "but no network makes the rows";
+            return Err(Error::invalid("settings.encoder_hidden_size", self.encoder_hidden_size, rule));
+        }
+        if self.encoder_num_layers != usual.encoder_num_layers && self.reparametrisation != Reparametrisation::Lstm {
+            let rule = "but no LSTM makes the rows";
+            return Err(Error::invalid("settings.encoder_num_layers", self.encoder_num_layers, rule));
+        }
+        if self.num_ranks != usual.num_ranks && self.method != TrainMethod::MultitaskPromptTuning {
+            let rule = "but only MULTITASK_PROMPT_TUNING has tasks";
+            return Err(Error::invalid("settings.num_ranks", self.num_ranks, rule));
+        }
+        if !self.init_text.is_empty() {
+            let text = format!("{:?}", self.init_text);
+            if self.init != Init::Text {
+                return Err(Error::invalid("settings.init_text", text, "but `settings.init` is not TEXT"));
+            }
+            if self.reparametrisation == Reparametrisation::Projection {
+                return Err(Error::invalid("settings.init_text", text, "but a PROJECTION starts from random numbers"));
+            }
         }
         Ok(())
     }

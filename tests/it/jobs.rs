@@ -114,6 +114,7 @@ async fn a_task_is_trained_and_serves() {
     let (with, bare) = (measured.scores.unwrap(), measured.base_scores.unwrap());
     assert!(with.exact_match > 0.9 && with.macro_f1.unwrap() > 0.9, "{with:?}");
     assert!(bare.exact_match < with.exact_match && with.bleu.is_none(), "{bare:?}");
+    assert!(with.perplexity.unwrap() < bare.perplexity.unwrap(), "{with:?} {bare:?}");
     assert_eq!((measured.examples, measured.answers.len()), (20, 20));
 }
 
@@ -163,6 +164,14 @@ async fn jobs_together_give_what_each_gives_alone() {
             assert_eq!(job.state(), TrainingJobState::Succeeded, "{name}: {}", job.error);
             let get = proto::GetAdapterRequest { adapter_id: name.into() };
             let adapter = served.adapters().await.get_adapter(get).await.unwrap().into_inner().adapter.unwrap();
+            if name == "tasks" {
+                // Each example is asked as its task; the bare base beside it has none.
+                let data = methods().pop().unwrap().1.data;
+                let evaluate = proto::EvaluateRequest { adapter_id: name.into(), data, ..Default::default() };
+                let measured = client.evaluate(evaluate).await.unwrap().into_inner();
+                let scores = [measured.scores.unwrap(), measured.base_scores.unwrap()];
+                assert!(scores.iter().all(|s| s.perplexity.unwrap() > 1.0), "{scores:?}");
+            }
             all.push((name, adapter.digest, steps.iter().map(|s| s.loss.to_bits()).collect::<Vec<_>>()));
         }
         digests.push(all);
@@ -353,6 +362,23 @@ async fn what_cannot_be_trained_is_refused_with_its_reason() {
         r.settings.as_mut().unwrap().reparametrisation = PromptReparametrisation::Lstm.into();
     })
     .await;
+    refused(c, invalid, &["pinned", "load"], &|r| (r.load, r.pinned) = (false, true)).await;
+    refused(c, invalid, &["settings.encoder_hidden_size", "network"], &|r| {
+        r.settings.as_mut().unwrap().encoder_hidden_size = Some(8)
+    })
+    .await;
+    refused(c, invalid, &["settings.encoder_num_layers", "LSTM"], &|r| {
+        r.settings.as_mut().unwrap().encoder_num_layers = Some(3)
+    })
+    .await;
+    refused(c, invalid, &["settings.num_ranks", "MULTITASK"], &|r| r.settings.as_mut().unwrap().num_ranks = Some(2))
+        .await;
+    refused(c, invalid, &["settings.init_text", "PROJECTION"], &|r| {
+        let settings = r.settings.as_mut().unwrap();
+        (settings.init, settings.init_text) = (PromptInit::Text.into(), "the soup".into());
+        settings.reparametrisation = PromptReparametrisation::Projection.into();
+    })
+    .await;
     refused(c, invalid, &["settings.early_stopping_patience"], &|r| {
         r.settings.as_mut().unwrap().early_stopping_patience = Some(2)
     })
@@ -375,6 +401,30 @@ async fn what_cannot_be_trained_is_refused_with_its_reason() {
         r.settings.as_mut().unwrap().batch_size = Some(4096);
     })
     .await;
+    // Weights that no memory could hold, by what the data says and by what the settings say.
+    let multitask = |r: &mut proto::CreateTrainingJobRequest| {
+        r.settings.as_mut().unwrap().method = TrainingMethod::MultitaskPromptTuning.into();
+        let mut all = examples(3);
+        all[1].task_id = 9_999;
+        r.data = inline(all);
+    };
+    refused(c, Code::ResourceExhausted, &["num_tasks", "training.weights_mib"], &|r| {
+        multitask(r);
+        r.settings.as_mut().unwrap().num_ranks = Some(1024);
+    })
+    .await;
+    refused(c, invalid, &["task_id", "4294967295", "10000"], &|r| {
+        multitask(r);
+        let mut all = examples(3);
+        all[1].task_id = u32::MAX;
+        r.data = inline(all);
+    })
+    .await;
+    refused(c, Code::ResourceExhausted, &["encoder_hidden_size", "training.weights_mib"], &|r| {
+        let settings = r.settings.as_mut().unwrap();
+        (settings.method, settings.encoder_hidden_size) = (TrainingMethod::PTuning.into(), Some(65_536));
+    })
+    .await;
     // One that is too long is left out and counted.
     let mut request = job("new", 100_000);
     let mut all = examples(9);
@@ -382,6 +432,8 @@ async fn what_cannot_be_trained_is_refused_with_its_reason() {
     request.data = inline(all);
     let made = client.create_training_job(request).await.unwrap().into_inner().job.unwrap();
     assert_eq!((made.train_examples, made.too_long_examples), (8, 1));
+    let twice = create(&mut client, job("new", 3)).await.unwrap_err();
+    assert!(twice.code() == Code::AlreadyExists && twice.message().contains(&made.job_id), "{twice:?}");
     let full = create(&mut client, job("another", 3)).await.unwrap_err();
     assert_eq!(full.code(), Code::ResourceExhausted);
     let unknown = client.get_training_job(proto::GetTrainingJobRequest { job_id: "job-x".into() }).await.unwrap_err();

@@ -5,8 +5,10 @@ use prefixd::adapter::InputRow;
 use prefixd::config::DtypeChoice;
 use prefixd::model::Model;
 use prefixd::model::packed::Activations;
+use prefixd::training::settings::{Reparametrisation, Settings, TrainMethod};
 use prefixd::training::{
     AdamWConfig, EncoderKind, Example, Goal, Job, Outcome, Placement, PromptEncoder, Schedule, Step, TrainedHead, Work,
+    init,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -228,4 +230,28 @@ fn training_oracle_prompt_encoders() {
         seen += 1;
     }
     assert_eq!(seen, 3);
+}
+
+/// What a job is refused by is what its encoder has.
+#[test]
+fn training_sizes_are_those_of_the_weights() {
+    let model = load("tests/oracle/results/peft/qwen3_tied", DtypeChoice::F32);
+    let methods = [
+        (TrainMethod::PrefixTuning, Reparametrisation::Default),
+        (TrainMethod::PrefixTuning, Reparametrisation::Projection),
+        (TrainMethod::PTuning, Reparametrisation::Mlp),
+        (TrainMethod::PTuning, Reparametrisation::Lstm),
+        (TrainMethod::PromptTuning, Reparametrisation::Default),
+        (TrainMethod::MultitaskPromptTuning, Reparametrisation::Default),
+    ];
+    for (method, reparametrisation) in methods {
+        for encoder_hidden_size in [0, 12] {
+            let usual = Settings { method, reparametrisation, encoder_hidden_size, ..Settings::default() };
+            let settings =
+                Settings { num_virtual_tokens: 3, num_tasks: 5, num_ranks: 2, encoder_num_layers: 3, ..usual };
+            let encoder = init::encoder(&model, &settings, 1, &[5, 6]).unwrap();
+            let numbers: usize = encoder.weights().map(|(_, var)| var.elem_count()).sum();
+            assert_eq!(init::size(model.info(), &settings), numbers, "{method:?} {reparametrisation:?}");
+        }
+    }
 }

@@ -23,6 +23,9 @@ pub(crate) struct Settings {
     /// Its width [default: that of a row].
     #[arg(long, value_name = "N")]
     encoder_hidden_size: Option<u32>,
+    /// Layers of an LSTM.
+    #[arg(long, value_name = "N")]
+    encoder_num_layers: Option<u32>,
     /// Train a head that classifies.
     #[arg(long)]
     head: bool,
@@ -176,7 +179,7 @@ impl From<Settings> for proto::TrainingSettings {
             }
             .into(),
             encoder_hidden_size: s.encoder_hidden_size,
-            encoder_num_layers: None,
+            encoder_num_layers: s.encoder_num_layers,
             num_tasks: s.tasks,
             num_ranks: s.ranks,
             classification_head: s.head,

@@ -3,6 +3,7 @@ use super::{Inner, Spec};
 use crate::adapter::{InputRow, TaskCard};
 use crate::error::{Context, Error, Kind, Result};
 use crate::training::dataset::{Encoder, Record};
+use crate::training::init;
 use crate::training::job::Placement;
 use crate::training::run::{Plan, shuffle};
 use crate::training::settings::{Init, Settings, TrainMethod};
@@ -91,13 +92,32 @@ impl Inner {
         self.base.tokenizer.encode(&settings.init_text, settings.method == TrainMethod::PrefixTuning)
     }
 
+    /// Refuses weights that memory could not hold.
+    pub(super) fn check_weights(&self, settings: &Settings) -> Result<()> {
+        // Each with its gradient and two moments, the best so far, and a checkpoint.
+        let bytes = init::size(&self.base.info, settings).saturating_mul(6 * size_of::<f32>());
+        if bytes > self.limits.weight_bytes {
+            let (mib, limit) = (bytes >> 20, self.limits.weight_bytes >> 20);
+            let text = format!(
+                "the weights that `settings` ask for take {mib} MiB with what the optimiser keeps, at most {limit} \
+                 (training.weights_mib): look at `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
+            );
+            return Err(Error::exhausted(text, None));
+        }
+        Ok(())
+    }
+
     /// Refuses a batch that memory could not hold even with every layer computed again.
     pub(super) fn check_memory(&self, plan: &Plan) -> Result<()> {
-        let mut lengths: Vec<usize> = plan.train.iter().map(|e| e.rows.len()).collect();
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
         let size = plan.settings.batch_size;
-        // Batches go round and round: a small dataset fills a large batch with copies.
-        let rows: usize = lengths.iter().cycle().take(size).sum();
+        let most = |examples: &[Example], lasting: bool| -> usize {
+            let mut lengths: Vec<usize> = examples.iter().map(|e| e.rows.len()).collect();
+            lengths.sort_unstable_by(|a, b| b.cmp(a));
+            // Batches go round and round: a small dataset fills a large batch with copies. An evaluation goes through once.
+            let copies = if lasting { usize::MAX } else { lengths.len() };
+            lengths.iter().cycle().take(size.min(copies)).sum()
+        };
+        let rows = most(&plan.train, true).max(most(&plan.evaluation, false));
         let bytes = rows.saturating_mul(self.base.row_bytes);
         if bytes > self.limits.batch_bytes {
             let (mib, limit) = (bytes >> 20, self.limits.batch_bytes >> 20);

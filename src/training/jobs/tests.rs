@@ -59,7 +59,8 @@ fn a_full_disk_ends_the_job_that_meets_it() {
         wake: Box::new(|| ()),
         publish: Box::new(|_| panic!("nothing is published here")),
     };
-    let limits = Limits { running: 2, queued: 2, kept: 10, examples: 100, batch_bytes: usize::MAX };
+    let limits =
+        Limits { running: 2, queued: 2, kept: 10, examples: 100, batch_bytes: usize::MAX, weight_bytes: usize::MAX };
     let jobs = Jobs::start(base(), limits, journal, wires).unwrap();
     let large = jobs.create(job("large")).unwrap().id;
     let small = jobs.create(job("small")).unwrap().id;
@@ -99,7 +100,8 @@ fn a_batch_that_does_not_fit_into_memory_is_refused() {
     let ((orders, _taken), (clerk, events)) = (channel(), channel());
     let publish: Publish = Box::new(|_| panic!("nothing is published here"));
     let wires = Wires { orders, clerk, events, wake: Box::new(|| ()), publish };
-    let limits = Limits { running: 1, queued: 2, kept: 10, examples: 100, batch_bytes: 100_000 };
+    let limits =
+        Limits { running: 1, queued: 2, kept: 10, examples: 100, batch_bytes: 100_000, weight_bytes: usize::MAX };
     let jobs = Jobs::start(base(), limits, journal, wires).unwrap();
     let e = jobs.create(job("wide")).unwrap_err();
     assert_eq!(e.kind(), Kind::ResourceExhausted, "{e}");
