@@ -55,6 +55,9 @@ def ours(folder):
         if done.returncode:
             raise SystemExit(done.stderr)
         rate = json.loads(done.stdout)["job"]["last_step"]["tokens_per_second"]
+        if a.method == "prompt":
+            # It counts the rows of the prompt, which run once for all sequences; PEFT's figure has those of the examples alone.
+            rate *= BATCH * TOKENS / (BATCH * TOKENS + VIRTUAL)
         peak = int(next(l for l in open(f"/proc/{server.pid}/status") if l.startswith("VmHWM")).split()[1]) // 1024
         return rate, peak
     finally:
