@@ -237,17 +237,20 @@ impl Jobs {
     /// Ends a job without a result. Blocks on the disk.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` for one that has ended, or whose adapter is being published.
+    /// `NotFound`; `FailedPrecondition` for one that has ended, or whose adapter is being published; what the disk says, if the end is not on
+    /// it: the job has stopped, and goes on when the server starts again.
     pub fn cancel(&self, id: &str) -> Result<JobStatus> {
+        let before = self.get(id)?.state;
+        let kept = self.inner.try_end(id, JobState::Cancelled, "", 0);
         let state = self.get(id)?.state;
-        if state.ended() || state == JobState::Publishing {
+        if before.ended() || state != JobState::Cancelled {
             return Err(Error::precondition(format!("job `{id}` is {}, there is nothing to cancel", state.as_str())));
         }
-        self.inner.end(id, JobState::Cancelled, "", 0);
         // The trainer may have dropped it already.
         let _ = self.inner.orders.lock().unwrap_or_else(PoisonError::into_inner).send(Order::Cancel(id.into()));
         (self.inner.wake)();
         self.inner.look();
+        kept.map_err(|e| e.context("the job has stopped, but that is not on disk"))?;
         self.get(id)
     }
 }

@@ -76,18 +76,27 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn end(&self, id: &str, state: JobState, error: &str, generation: u64) {
+    fn end(&self, id: &str, state: JobState, error: &str, generation: u64) {
+        if let Err(e) = self.try_end(id, state, error, generation) {
+            tracing::error!(job = id, "the end of the job is not on disk: {e}");
+        }
+    }
+
+    /// Ends a job that has not ended. One whose adapter is being published is not cancelled any more.
+    ///
+    /// # Errors
+    /// When the end is not on disk: the job has ended until the server starts again.
+    pub(super) fn try_end(&self, id: &str, state: JobState, error: &str, generation: u64) -> Result<()> {
         {
             let mut jobs = self.lock();
-            let Some(entry) = jobs.get_mut(id).filter(|e| !e.row.state.ended()) else { return };
+            let late = |now: JobState| now.ended() || (state, now) == (JobState::Cancelled, JobState::Publishing);
+            let Some(entry) = jobs.get_mut(id).filter(|e| !late(e.row.state)) else { return Ok(()) };
             entry.row.state = state;
             entry.row.error = error.to_owned();
             entry.row.generation = generation;
             entry.row.ended_at = Some(micros());
         }
-        if let Err(e) = self.persist(id, state, None) {
-            tracing::error!(job = id, "the end of the job is not on disk: {e}");
-        }
+        let kept = self.persist(id, state, None);
         if let Some(entry) = self.lock().get_mut(id) {
             entry.change();
         }
@@ -95,6 +104,7 @@ impl Inner {
             JobState::Failed => tracing::warn!(job = id, error, "training failed"),
             _ => tracing::info!(job = id, state = state.as_str(), "training ended"),
         }
+        kept
     }
 
     fn finish(&self, id: &str, run: &Run, publish: &Publish) {
