@@ -193,14 +193,12 @@ impl Evaluator {
             None => score_request::Input::Messages(messages(record)),
         };
         let target = record.answers().first().copied().unwrap_or_default();
-        let target = match &side.labels {
-            // A label is written as its verbalizer.
-            Some(Labels { texts, names }) => {
-                names.iter().position(|name| name == target.trim()).and_then(|i| texts.get(i)).cloned()
-            }
-            None => None,
-        }
-        .unwrap_or_else(|| side.target_template.replace(TARGET, target));
+        // A label is written as its verbalizer.
+        let verbalizer = side.labels.as_ref().and_then(|labels| {
+            let at = labels.names.iter().position(|name| name == target.trim())?;
+            labels.texts.get(at).cloned()
+        });
+        let target = verbalizer.unwrap_or_else(|| side.target_template.replace(TARGET, target));
         let request = proto::ScoreRequest {
             adapter_id: side.adapter_id.clone(),
             adapter_generation: side.generation,

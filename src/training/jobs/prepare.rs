@@ -110,14 +110,13 @@ impl Inner {
     /// Refuses a batch that memory could not hold even with every layer computed again.
     pub(super) fn check_memory(&self, plan: &Plan) -> Result<()> {
         let size = plan.settings.batch_size;
-        let most = |examples: &[Example], lasting: bool| -> usize {
+        let longest = |examples: &[Example], n: usize| -> usize {
             let mut lengths: Vec<usize> = examples.iter().map(|e| e.rows.len()).collect();
             lengths.sort_unstable_by(|a, b| b.cmp(a));
-            // Batches go round and round: a small dataset fills a large batch with copies. An evaluation goes through once.
-            let copies = if lasting { usize::MAX } else { lengths.len() };
-            lengths.iter().cycle().take(size.min(copies)).sum()
+            lengths.iter().cycle().take(n).sum()
         };
-        let rows = most(&plan.train, true).max(most(&plan.evaluation, false));
+        // Batches go round and round: a small dataset fills a large batch with copies. An evaluation goes through once.
+        let rows = longest(&plan.train, size).max(longest(&plan.evaluation, size.min(plan.evaluation.len())));
         let bytes = rows.saturating_mul(self.base.row_bytes);
         if bytes > self.limits.batch_bytes {
             let (mib, limit) = (bytes >> 20, self.limits.batch_bytes >> 20);
