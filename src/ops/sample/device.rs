@@ -2,10 +2,13 @@
 //!
 //! The choice is [`draw`](super::draw)'s of the penalised logits, but for targets that lie within the kernel's fixed point of
 //! an edge; its header has the bound.
-use super::Filter;
+mod choices;
+
+pub use choices::{Choices, Penalties};
+
 use crate::ops::gpu::{Buffer, Carried, Gpu, Grid, Later, Plain, View, Words};
 use candle_core::{Result, Tensor, bail};
-use std::cmp::Reverse;
+use choices::{Change, Choice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -20,56 +23,6 @@ const THREADS: u32 = 1024;
 /// Two histograms of 2048 bins of 8 bytes.
 const SHARED: u32 = 2 * 2048 * 8;
 
-/// What makes a token less likely the more often it was seen.
-#[derive(Clone, Copy, Debug)]
-pub struct Penalties {
-    /// Divides positive logits and multiplies others, of tokens in the prompt too. 1 changes nothing.
-    pub repetition: f32,
-    /// Taken off once. 0 changes nothing.
-    pub presence: f32,
-    /// Taken off for each time. 0 changes nothing.
-    pub frequency: f32,
-    /// The place of a token that the step before chose: it was seen once more than is known.
-    pub pending: Option<u32>,
-}
-
-impl Penalties {
-    /// Change nothing.
-    pub const NONE: Self = Penalties { repetition: 1.0, presence: 0.0, frequency: 0.0, pending: None };
-}
-
-/// As the kernel reads it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Choice {
-    u: f64,
-    row: u32,
-    temperature: f32,
-    top_k: u32,
-    top_p: f32,
-    min_p: f32,
-    repetition: f32,
-    presence: f32,
-    frequency: f32,
-    begin: u32,
-    end: u32,
-    pending: u32,
-    /// What an f64 in an array wants.
-    unused: u32,
-}
-// SAFETY: one f64 and twelve fields of 4 bytes leave no padding, and all of them are numbers.
-unsafe impl Plain for Choice {}
-
-/// As the kernel reads it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Change {
-    id: u32,
-    count: u32,
-}
-// SAFETY: two numbers of 4 bytes.
-unsafe impl Plain for Change {}
-
 /// As the kernel reads it.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -81,67 +34,6 @@ struct RawWanted {
 }
 // SAFETY: four numbers of 4 bytes.
 unsafe impl Plain for RawWanted {}
-
-/// The tokens to choose from a block of rows.
-#[derive(Default)]
-pub struct Choices {
-    rows: Vec<Choice>,
-    changes: Vec<Change>,
-}
-
-impl Choices {
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// One more: from row `row` of the logits, with `u` in [0, 1). `seen` has each token that `penalties` apply to once, and how
-    /// often it is in the output, 0 if only in the prompt; `banned` ones are not chosen.
-    pub fn push(
-        &mut self,
-        row: usize,
-        filter: &Filter,
-        u: f64,
-        penalties: &Penalties,
-        seen: impl IntoIterator<Item = (u32, u32)>,
-        banned: &[u32],
-    ) {
-        let begin = self.changes.len();
-        self.changes.extend(seen.into_iter().map(|(id, count)| Change { id, count: count.min(NONE - 2) }));
-        self.changes.extend(banned.iter().map(|id| Change { id: *id, count: NONE }));
-        // The kernel takes each id once, and searches by it. A ban outweighs a count.
-        self.changes[begin..].sort_unstable_by_key(|c| (c.id, Reverse(c.count)));
-        let mut end = begin;
-        for i in begin..self.changes.len() {
-            if end == begin || self.changes[end - 1].id != self.changes[i].id {
-                self.changes[end] = self.changes[i];
-                end += 1;
-            }
-        }
-        self.changes.truncate(end);
-        let Penalties { repetition, presence, frequency, pending } = *penalties;
-        self.rows.push(Choice {
-            u,
-            row: number(row),
-            temperature: filter.temperature,
-            top_k: number(filter.top_k),
-            top_p: filter.top_p,
-            min_p: filter.min_p,
-            repetition,
-            presence,
-            frequency,
-            begin: number(begin),
-            end: number(end),
-            pending: pending.unwrap_or(NONE),
-            unused: 0,
-        });
-    }
-}
 
 /// A row, a place or a count. What does not fit is beyond any vocabulary and any number of rows.
 fn number(v: usize) -> u32 {

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-use super::super::{draw, log_sum_exp, top_n};
+use super::super::{Filter, draw, log_sum_exp, top_n};
 use super::*;
 use candle_core::{DType, Device};
 use rand::{Rng, SeedableRng, rngs::StdRng};
