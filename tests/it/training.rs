@@ -56,16 +56,20 @@ impl Run {
         let adapter = self.log["adapter"].as_str().unwrap();
         let placement = if adapter.starts_with("prefix") {
             Placement::Stored
-        } else if self.log["model"].as_str().unwrap().starts_with("bert") {
+        } else if self.log["model"].as_str().unwrap().contains("bert") {
             Placement::AmongRows
         } else {
             Placement::VirtualTokens
         };
-        let module = head.keys().next().map(|name| name.split('.').next().unwrap().to_owned());
-        let head = module.map(|module| {
-            let of = |part: &str| head.get(&format!("{module}.{part}")).cloned();
-            TrainedHead::new(vec![(module.clone(), of("weight").unwrap(), of("bias"))]).unwrap()
-        });
+        // Sorted, a head's layers come in their order: `dense`, then `out_proj`.
+        let modules = head.keys().filter_map(|name| name.strip_suffix(".weight"));
+        let layers: Vec<_> = modules
+            .map(|module| {
+                let of = |part: &str| head.get(&format!("{module}.{part}")).cloned();
+                (module.to_owned(), of("weight").unwrap(), of("bias"))
+            })
+            .collect();
+        let head = (!layers.is_empty()).then(|| TrainedHead::new(layers).unwrap());
         let number = |key: &str| self.log[key].as_f64().unwrap();
         let config = AdamWConfig {
             beta1: self.log["betas"][0].as_f64().unwrap(),

@@ -44,6 +44,8 @@ RUNS = [
     ("gpt2_by_layer", "prefix", dict(kind="prefix"), {}),
     ("bert_seqcls", "prefix_cls", dict(kind="prefix", labels=3), {}),
     ("bert_seqcls", "prompt_cls", dict(kind="prompt", labels=3), {}),
+    # Its head has two layers.
+    ("roberta_seqcls", "ptuning_cls", dict(kind="lstm", labels=3), {}),
 ]
 
 
