@@ -80,6 +80,45 @@ mod tests {
         }
     }
 
+    /// Works, and says for how long it did.
+    struct Busy(Arc<AtomicUsize>);
+
+    impl Background for Busy {
+        fn slice(&mut self, _: &Model) -> bool {
+            let began = Instant::now();
+            std::thread::sleep(Duration::from_millis(1));
+            self.0.fetch_add(began.elapsed().as_micros() as usize, Relaxed);
+            true
+        }
+    }
+
+    /// While requests run, the guest has what its share of their time earned it, and one slice more at most.
+    #[test]
+    fn a_guest_takes_no_more_than_its_share_while_requests_run() {
+        let model = Model::load(&source::resolve("embedded").unwrap(), LoadOptions::default()).unwrap();
+        for (share, part) in [(0.3, 0.3 / 0.7), (0.0, 0.0)] {
+            let worked = Arc::new(AtomicUsize::new(0));
+            let mut hosting =
+                Hosting::new(Some(Guest { work: Box::new(Busy(worked.clone())), share, device_bytes: 0 }));
+            let mut most = 0;
+            for steps in 1..=200 {
+                let before = worked.load(Relaxed);
+                hosting.served(Duration::from_millis(2));
+                hosting.run(&model, true).unwrap();
+                most = most.max(worked.load(Relaxed) - before);
+                let earned = steps as f64 * 2000.0 * part;
+                assert!(worked.load(Relaxed) as f64 <= earned + most as f64, "after {steps} steps");
+            }
+            // And it has all of it.
+            let earned = 200.0 * 2000.0 * part;
+            assert!(share == 0.0 || worked.load(Relaxed) as f64 > 0.5 * earned);
+            // When nobody waits it may run at once, whatever it has taken.
+            let before = worked.load(Relaxed);
+            hosting.run(&model, false).unwrap();
+            assert!(worked.load(Relaxed) > before);
+        }
+    }
+
     /// A wake-up that finds the inbox full is not sent: whoever sleeps is asked again when nobody waits, and only then.
     #[test]
     fn a_sleeper_is_asked_again_when_nobody_waits() {
