@@ -7,7 +7,7 @@ Batches of 4 sequences of about 128 tokens, 32 virtual tokens; every token a tar
 and PEFT (peft_step.py). Each side runs alone, one after the other, three times in turn; medians and their ratio are printed as a
 JSON line. prefixd's time is that of its batches, as its job reports it; peak memory is that of the whole process.
 """
-import argparse, json, pathlib, random, socket, statistics, subprocess, tempfile, time
+import argparse, json, os, pathlib, random, socket, statistics, subprocess, tempfile, time
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("model", type=pathlib.Path), p.add_argument("--prefixd", default="target/release/prefixd")
@@ -29,7 +29,9 @@ def ours(folder):
     """Seconds of each step, tokens of a step, peak MiB."""
     address = f"127.0.0.1:{free_port()}"
     server = subprocess.Popen([a.prefixd, "serve", "--model", a.model, "--dtype", a.dtype, "--adapters", folder / "store", "--listen", address,
-                               "--kv-tokens", "1024"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               "--kv-tokens", "1024"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              # What is to be kept is kept, whatever it takes.
+                              env={**os.environ, "PREFIXD_TRAINING__ACTIVATION_MIB": "65536"})
     ask = lambda *x: subprocess.run([a.prefixd, *map(str, x), "--server", address, "--output", "json"], capture_output=True, text=True)
     try:
         while ask("info").returncode:
