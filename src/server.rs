@@ -46,6 +46,9 @@ const MAX_HEADER_BYTES: u32 = 32 << 10;
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// For the last checkpoints of training jobs to come to disk.
+const JOBS_STOP: Duration = Duration::from_secs(10);
+
 /// What a start has got done.
 #[derive(Debug)]
 pub enum Progress<'a> {
@@ -142,10 +145,11 @@ impl Server {
             let (inference, drain) = (inference.clone(), drain.clone());
             blocking::run("start", move || training::service(bench, &config, loader, inference, drain)).await?
         };
+        let (uploads, jobs) = (Default::default(), training.jobs.clone().ok());
         let services = Services {
             inference,
             training,
-            adapters: Adapters { loader: loader.clone(), uploads: Default::default(), drain: drain.clone() },
+            adapters: Adapters { loader: loader.clone(), uploads, jobs, drain: drain.clone() },
             server: ServerInfo { facts: Arc::new(facts(&info, &config, &handle)), engine: handle, registry, started },
         };
         tracing::info!(
@@ -185,6 +189,7 @@ impl Server {
     /// `Internal` when the listener fails or the engine has ended.
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
         let Server { config, services, loader, drain, engine, _shipped, .. } = self;
+        let jobs = services.training.jobs.clone();
         let (health, health_service) = tonic_health::server::health_reporter();
         for name in Services::NAMES {
             health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
@@ -216,6 +221,10 @@ impl Server {
         // Joins a thread: not for the runtime's own.
         blocking::run("stop", move || {
             drop(engine);
+            // With it the trainer went; what it said last is to be on disk.
+            if jobs.is_ok_and(|jobs| !jobs.stopped(JOBS_STOP)) {
+                tracing::warn!("training jobs: not everything is on disk; they go on from an earlier checkpoint");
+            }
             Ok(())
         })
         .await?;

@@ -7,6 +7,7 @@ use super::upload::Uploads;
 use crate::adapter::{AdapterId, Generation};
 use crate::engine::loader::AdapterLoader;
 use crate::error::{Error, Result};
+use crate::training::jobs::Jobs;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Adapters on a page where the request does not say, and the most it may ask for.
@@ -19,6 +20,8 @@ pub struct Adapters {
     pub loader: AdapterLoader,
     /// Takes uploads in.
     pub uploads: Uploads,
+    /// Those whose adapters are on their way, if this server trains.
+    pub jobs: Option<Jobs>,
     /// Closed while the server drains.
     pub drain: Drain,
 }
@@ -47,7 +50,7 @@ impl AdapterService for Adapters {
     ) -> Result<Response<proto::UploadAdapterResponse>, Status> {
         let call = Call::work("UploadAdapter", request.metadata(), &self.drain)?;
         let result = call.within(async {
-            let adapter = self.uploads.take(request.into_inner(), &self.loader).await?;
+            let adapter = self.uploads.take(request.into_inner(), &self.loader, self.jobs.as_ref()).await?;
             let adapter = convert::adapter(&adapter, proto::AdapterState::Ready, &self.loader);
             Ok(proto::UploadAdapterResponse { adapter: Some(adapter) })
         });

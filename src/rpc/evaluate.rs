@@ -33,6 +33,8 @@ struct Side {
     adapter_id: String,
     generation: Option<u64>,
     task_id: Option<u32>,
+    /// It has several.
+    tasks: bool,
     /// What to choose from, and the names of the choices; `None`: it writes.
     labels: Option<Labels>,
     stopping: proto::Stopping,
@@ -136,8 +138,8 @@ impl Evaluator {
     }
 
     async fn try_answer(&self, call: &Call, side: &Side, record: &Record) -> Result<Answer> {
-        // The bare base has no tasks.
-        let of_record = record.task_id.filter(|task| *task > 0 && !side.adapter_id.is_empty());
+        // The bare base has no tasks. To an adapter without them, the first is what it has.
+        let of_record = record.task_id.filter(|task| !side.adapter_id.is_empty() && (side.tasks || *task > 0));
         let task_id = side.task_id.or(of_record);
         let (adapter_id, adapter_generation) = (side.adapter_id.clone(), side.generation);
         if let Some(labels) = &side.labels {
@@ -238,6 +240,7 @@ impl Side {
             adapter_id: request.adapter_id.clone(),
             generation: adapter.map(|a| a.generation.0),
             task_id: request.task_id,
+            tasks: adapter.is_some_and(|a| a.tasks.is_some()),
             labels,
             stopping,
             target_template,

@@ -9,7 +9,7 @@ use crate::adapter::AdapterId;
 use crate::blocking;
 use crate::engine::loader::AdapterLoader;
 use crate::error::{Error, Kind, Result};
-use crate::training::jobs::{JobStatus, Jobs, NewJob};
+use crate::training::jobs::{JobStatus, Jobs, NewJob, News};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -142,10 +142,11 @@ async fn tell(
     let gone = || Error::new(Kind::Cancelled, "the client went away");
     let (mut from, mut state) = (0, None);
     loop {
-        let (reports, job, mut changed) = jobs.reports(id, from)?;
+        let (of, name) = (jobs.clone(), id.to_owned());
+        let News { reports, job, more, mut changed } = blocking::run("training", move || of.news(&name, from)).await?;
         from += reports.len();
         let mut news: Vec<Event> = reports.iter().map(convert::report).collect();
-        if state != Some(job.state) {
+        if state != Some(job.state) && !(more && job.state.ended()) {
             state = Some(job.state);
             let job = Event::Job(convert::status_of_job(&job));
             // What it did comes before its end, and after its start.
@@ -154,6 +155,9 @@ async fn tell(
         for event in news {
             let message = proto::WatchTrainingJobResponse { event: Some(event) };
             events.send(Ok(message)).await.map_err(|_| gone())?;
+        }
+        if more {
+            continue;
         }
         if job.state.ended() {
             return Ok(());
@@ -182,9 +186,8 @@ impl Training {
         if message.pinned && !message.load {
             return Err(Error::invalid("pinned", true, "but `load` is not set: nothing would be pinned"));
         }
-        let under_way = |job: &JobStatus| job.adapter_id == adapter_id && !job.state.ended();
-        if let Some(job) = jobs.list().into_iter().find(under_way).filter(|_| !message.replace) {
-            let text = format!("job `{}` makes adapter `{adapter_id}`; set `replace` to replace what it makes", job.id);
+        if let Some(job) = jobs.making(&adapter_id).filter(|_| !message.replace) {
+            let text = format!("job `{job}` makes adapter `{adapter_id}`; set `replace` to replace what it makes");
             return Err(Error::new(Kind::AlreadyExists, text));
         }
         let settings = convert::settings(message.settings.unwrap_or_default())?;

@@ -8,6 +8,7 @@ use crate::adapter::{Adapter, AdapterId, Staging};
 use crate::blocking;
 use crate::engine::loader::AdapterLoader;
 use crate::error::{Error, Kind, Result};
+use crate::training::jobs::Jobs;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -35,11 +36,12 @@ impl Default for Uploads {
 }
 
 impl Uploads {
-    /// Reads an upload to its end and puts the adapter in service.
+    /// Reads an upload to its end and puts the adapter in service. `jobs`: whose adapters are on their way.
     pub async fn take(
         &self,
         mut parts: Streaming<proto::UploadAdapterRequest>,
         loader: &AdapterLoader,
+        jobs: Option<&Jobs>,
     ) -> Result<Arc<Adapter>> {
         let _slot = self.slots.try_acquire().map_err(|_| {
             Error::exhausted(format!("{UPLOADS} uploads are in progress"), Some(Duration::from_secs(1)))
@@ -49,11 +51,9 @@ impl Uploads {
             _ => return Err(Error::invalid("part", "not a header", "the first message must hold `header`")),
         };
         let id = AdapterId::parse(&header.adapter_id)?;
-        // Once before the bytes travel; the naming itself is atomic.
-        if !header.replace && exists(loader, &id) {
-            let message = format!("adapter `{id}` exists; set `header.replace` to replace it");
-            return Err(Error::new(Kind::AlreadyExists, message));
-        }
+        // Before the bytes travel, and when they are here.
+        let free = || if header.replace { Ok(()) } else { free(loader, jobs, &id) };
+        free()?;
         let (store, folder) = (loader.store().clone(), id.clone());
         let mut staging = blocking::run("upload", move || store.stage(&folder)).await?;
         while let Some(part) = next(&mut parts).await? {
@@ -62,6 +62,7 @@ impl Uploads {
             };
             staging = append(staging, chunk).await?;
         }
+        free()?;
         loader.publish(&id, staging, header.pinned).await
     }
 }
@@ -83,8 +84,18 @@ async fn next(parts: &mut Streaming<proto::UploadAdapterRequest>) -> Result<Opti
     }
 }
 
-fn exists(loader: &AdapterLoader, id: &AdapterId) -> bool {
-    loader.store().contains(id) || loader.registry().resolve(id).is_ok()
+/// Whether an adapter of that id replaces nothing, and nothing replaces it.
+fn free(loader: &AdapterLoader, jobs: Option<&Jobs>, id: &AdapterId) -> Result<()> {
+    let taken = |message: String| Err(Error::new(Kind::AlreadyExists, message));
+    if loader.store().contains(id) || loader.registry().resolve(id).is_ok() {
+        return taken(format!("adapter `{id}` exists; set `header.replace` to replace it"));
+    }
+    match jobs.and_then(|jobs| jobs.making(id)) {
+        None => Ok(()),
+        Some(job) => {
+            taken(format!("training job `{job}` makes adapter `{id}`; with `header.replace` it serves till then"))
+        }
+    }
 }
 
 /// The client's side of it: the messages of an upload.

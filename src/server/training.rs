@@ -58,13 +58,15 @@ pub(super) fn service(
     let dir = config.training.dir.clone().unwrap_or_else(|| loader.store().dir().join(".training"));
     let journal = open(&dir);
     let t = &config.training;
+    let bytes = |mib: usize| mib.saturating_mul(1 << 20);
     let limits = Limits {
         running: t.max_running,
         queued: t.max_queued,
         kept: t.kept_jobs,
         examples: t.max_examples,
-        batch_bytes: t.batch_mib << 20,
-        weight_bytes: t.weights_mib << 20,
+        batch_bytes: bytes(t.batch_mib),
+        activation_bytes: bytes(t.activation_mib),
+        weight_bytes: bytes(t.weights_mib),
     };
     let engine = inference.engine.clone();
     let jobs = journal.and_then(|journal| {

@@ -19,7 +19,7 @@ use crate::model::ModelInfo;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
@@ -84,6 +84,8 @@ pub struct Limits {
     pub examples: usize,
     /// Bytes of activations that the largest batch of a job may take.
     pub batch_bytes: usize,
+    /// Bytes of activations that are kept from the way forward, of all layers.
+    pub activation_bytes: usize,
     /// Bytes that a job's own weights may take, with their gradients, moments and copies.
     pub weight_bytes: usize,
 }
@@ -103,17 +105,37 @@ struct Inner {
     clerk: Mutex<Sender<Event>>,
     /// Tells the thread that trains to look at its orders.
     wake: Box<dyn Fn() + Send + Sync>,
+    /// Its other end is the clerk's.
+    at_work: Mutex<Receiver<()>>,
 }
 
 struct Entry {
     row: Row,
     adapter_id: AdapterId,
     spec: Arc<Spec>,
-    reports: Vec<Report>,
-    /// Of `reports`, those that are on disk.
+    /// Reports that are on disk, and there alone.
     persisted: usize,
+    /// Those after them.
+    reports: Vec<Report>,
+    last_step: Option<Report>,
+    last_evaluation: Option<Report>,
     changed: watch::Sender<u64>,
 }
+
+/// What has happened in a job since its watcher last asked.
+pub struct News {
+    /// In order.
+    pub reports: Vec<Report>,
+    /// The job as it is now.
+    pub job: JobStatus,
+    /// There are reports already after these: ask again.
+    pub more: bool,
+    /// Tells of a change.
+    pub changed: watch::Receiver<u64>,
+}
+
+/// Reports that are read from the disk at once.
+const PAGE: usize = 1000;
 
 impl Jobs {
     /// Reads the journal and goes on with what had not ended.
@@ -125,16 +147,21 @@ impl Jobs {
         let mut jobs = BTreeMap::new();
         for mut row in journal.jobs()? {
             let spec: Spec = serde_json::from_str(&row.spec).or_kind(Kind::Internal, "training job")?;
-            let reports = journal.reports(&row.id)?;
             if !row.state.ended() {
                 row.state = JobState::Queued;
             }
-            let persisted = reports.len();
             let adapter_id = AdapterId::parse(&row.adapter_id)?;
-            let (spec, changed) = (Arc::new(spec), watch::Sender::new(0));
-            let entry = Entry { row, adapter_id, spec, reports, persisted, changed };
-            jobs.insert(JobId::from(entry.row.id.as_str()), entry);
+            let mut entry = Entry::new(row, adapter_id, spec);
+            let id = entry.row.id.as_str();
+            entry.persisted = journal.count(id)?;
+            entry.last_step = journal.last(id, "Step")?;
+            // Looked for among all reports where there is none.
+            if entry.spec.examples.1 > 0 {
+                entry.last_evaluation = journal.last(id, "Evaluation")?;
+            }
+            jobs.insert(JobId::from(id), entry);
         }
+        let (there, at_work) = channel();
         let inner = Arc::new(Inner {
             base,
             limits,
@@ -143,10 +170,16 @@ impl Jobs {
             orders: Mutex::new(orders),
             clerk: Mutex::new(clerk),
             wake,
+            at_work: Mutex::new(at_work),
         });
         let work = Arc::clone(&inner);
         let thread = std::thread::Builder::new().name("prefixd-jobs".into());
-        thread.spawn(move || work.listen(&events, &publish)).map_err(|e| Error::internal(format!("jobs: {e}")))?;
+        let clerk = move || {
+            // Dropped with the thread.
+            let _there = there;
+            work.listen(&events, &publish);
+        };
+        thread.spawn(clerk).map_err(|e| Error::internal(format!("jobs: {e}")))?;
         inner.look();
         Ok(Jobs { inner })
     }
@@ -198,16 +231,22 @@ impl Jobs {
             error: String::new(),
             generation: 0,
             progress: None,
+            starts: 0,
         };
         inner.prune()?;
         inner.journal().create(&row, &lines.join("\n"))?;
         let id = JobId::from(row.id.as_str());
-        let (adapter_id, spec, changed) = (new.adapter_id, Arc::new(spec), watch::Sender::new(0));
-        let entry = Entry { row, adapter_id, spec, reports: Vec::new(), persisted: 0, changed };
+        let entry = Entry::new(row, new.adapter_id, spec);
         let status = entry.status();
         inner.lock().insert(id, entry);
         inner.look();
         Ok(status)
+    }
+
+    /// Waits until everything is on disk, once the trainer is gone; false if that takes longer than `most`. Blocks.
+    pub fn stopped(&self, most: Duration) -> bool {
+        let at_work = self.inner.at_work.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(at_work.recv_timeout(most), Err(RecvTimeoutError::Disconnected))
     }
 
     /// One job.
@@ -218,20 +257,39 @@ impl Jobs {
         self.inner.lock().get(id).map(Entry::status).ok_or_else(|| unknown(id))
     }
 
+    /// The job that is going to make `adapter_id`.
+    pub fn making(&self, adapter_id: &AdapterId) -> Option<JobId> {
+        let jobs = self.inner.lock();
+        let found = jobs.iter().find(|(_, e)| e.adapter_id == *adapter_id && !e.row.state.ended());
+        found.map(|(id, _)| id.clone())
+    }
+
     /// All jobs, oldest first.
     pub fn list(&self) -> Vec<JobStatus> {
         self.inner.lock().values().map(Entry::status).collect()
     }
 
-    /// Reports from number `from` on, the job as it is after them, and what tells of a change.
+    /// What has happened from report number `from` on. Blocks on the disk, where all reports up to the last checkpoint lie.
     ///
     /// # Errors
-    /// `NotFound`.
-    pub fn reports(&self, id: &str, from: usize) -> Result<(Vec<Report>, JobStatus, watch::Receiver<u64>)> {
-        let jobs = self.inner.lock();
-        let entry = jobs.get(id).ok_or_else(|| unknown(id))?;
-        let reports = entry.reports.get(from..).unwrap_or_default().to_vec();
-        Ok((reports, entry.status(), entry.changed.subscribe()))
+    /// `NotFound`; `Internal` for the disk.
+    pub fn news(&self, id: &str, from: usize) -> Result<News> {
+        let (persisted, mut news, total) = {
+            let jobs = self.inner.lock();
+            let entry = jobs.get(id).ok_or_else(|| unknown(id))?;
+            let after = from.checked_sub(entry.persisted).and_then(|at| entry.reports.get(at..));
+            let (reports, changed) = (after.unwrap_or_default().to_vec(), entry.changed.subscribe());
+            let total = entry.persisted + entry.reports.len();
+            (entry.persisted, News { reports, job: entry.status(), more: false, changed }, total)
+        };
+        if from < persisted {
+            news.reports = self.inner.journal().reports(id, from, PAGE.min(persisted - from))?;
+            if news.reports.is_empty() {
+                return Err(unknown(id)); // forgotten meanwhile
+            }
+            news.more = from + news.reports.len() < total;
+        }
+        Ok(news)
     }
 
     /// Ends a job without a result. Blocks on the disk.
@@ -256,13 +314,24 @@ impl Jobs {
 }
 
 impl Entry {
+    fn new(row: Row, adapter_id: AdapterId, spec: Spec) -> Self {
+        let (persisted, reports, last_step, last_evaluation) = Default::default();
+        let (spec, changed) = (Arc::new(spec), watch::Sender::new(0));
+        Entry { row, adapter_id, spec, persisted, reports, last_step, last_evaluation, changed }
+    }
+
+    fn report(&mut self, report: Report) {
+        match report.what {
+            Happened::Step { .. } => self.last_step = Some(report.clone()),
+            Happened::Evaluation { .. } => self.last_evaluation = Some(report.clone()),
+            Happened::Diverged { .. } => {}
+        }
+        self.reports.push(report);
+        self.change();
+    }
+
     fn status(&self) -> JobStatus {
-        let last = |step: bool| {
-            let is = |r: &&Report| matches!(r.what, Happened::Step { .. }) == step;
-            self.reports.iter().rev().find(is).cloned()
-        };
         let at = |micros: i64| UNIX_EPOCH + Duration::from_micros(micros.max(0) as u64);
-        let last_step = last(true);
         JobStatus {
             id: self.row.id.as_str().into(),
             adapter_id: self.adapter_id.clone(),
@@ -272,9 +341,9 @@ impl Entry {
             generation: self.row.generation,
             created_at: at(self.row.created_at),
             ended_at: self.row.ended_at.map(at),
-            at: last_step.as_ref().map_or((0, 0), |r| (r.restart, r.step)),
-            last_step,
-            last_evaluation: last(false),
+            at: self.last_step.as_ref().map_or((0, 0), |r| (r.restart, r.step)),
+            last_step: self.last_step.clone(),
+            last_evaluation: self.last_evaluation.clone(),
         }
     }
 

@@ -7,9 +7,10 @@ use rusqlite::{Connection, OptionalExtension, params};
 use std::path::Path;
 use std::time::Duration;
 
-/// The file's layout; another number is refused.
-const VERSION: i64 = 1;
+/// The file's layout; a later one is refused.
+const VERSION: i64 = 2;
 
+/// What changes often is apart from what is large: SQLite writes a row whole.
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS jobs (
         id TEXT PRIMARY KEY,
@@ -18,12 +19,19 @@ const SCHEMA: &str = "
         adapter_id TEXT NOT NULL,
         spec TEXT NOT NULL,            -- JSON: settings, card, what to do with the result
         base TEXT NOT NULL,            -- the model that it trains on
-        data BLOB NOT NULL,            -- JSON lines
         state TEXT NOT NULL,
         error TEXT NOT NULL DEFAULT '',
         generation INTEGER NOT NULL DEFAULT 0,
         progress TEXT,                 -- JSON of the checkpoint
-        checkpoint BLOB                -- safetensors
+        starts INTEGER NOT NULL DEFAULT 0  -- by a process, since the job last got further
+    ) STRICT;
+    CREATE TABLE IF NOT EXISTS data (
+        job TEXT PRIMARY KEY,
+        lines BLOB NOT NULL            -- JSON lines
+    ) STRICT;
+    CREATE TABLE IF NOT EXISTS checkpoints (
+        job TEXT PRIMARY KEY,
+        weights BLOB NOT NULL          -- safetensors
     ) STRICT;
     CREATE TABLE IF NOT EXISTS reports (
         job TEXT NOT NULL,
@@ -31,6 +39,15 @@ const SCHEMA: &str = "
         report TEXT NOT NULL,          -- JSON
         PRIMARY KEY (job, number)
     ) STRICT, WITHOUT ROWID;
+";
+
+/// Layout 1 had data and checkpoint in the job's row, and no `starts`.
+const FROM_1: &str = "
+    INSERT INTO jobs (id, created_at, ended_at, adapter_id, spec, base, state, error, generation, progress)
+        SELECT id, created_at, ended_at, adapter_id, spec, base, state, error, generation, progress FROM jobs_1;
+    INSERT INTO data SELECT id, data FROM jobs_1;
+    INSERT INTO checkpoints SELECT id, checkpoint FROM jobs_1 WHERE checkpoint IS NOT NULL;
+    DROP TABLE jobs_1;
 ";
 
 /// A job as it lies on disk, without data and checkpoint.
@@ -56,6 +73,8 @@ pub struct Row {
     pub generation: u64,
     /// Of the last checkpoint.
     pub progress: Option<Progress>,
+    /// How often a process began to train it since it last got further.
+    pub starts: u32,
 }
 
 /// The open file.
@@ -67,7 +86,7 @@ impl Journal {
     /// Opens or makes the file. Only one process may have it open.
     ///
     /// # Errors
-    /// `FailedPrecondition` where another process has it, or for a file of another version; `Internal` for the disk.
+    /// `FailedPrecondition` where another process has it, or for a file of a later version; `Internal` for the disk.
     pub fn open(path: &Path) -> Result<Self> {
         let at = |e: rusqlite::Error| fault(e).context(path.display());
         let db = Connection::open(path).map_err(at)?;
@@ -76,13 +95,29 @@ impl Journal {
         db.execute_batch("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             .map_err(at)?;
         let version: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(at)?;
-        if version != 0 && version != VERSION {
+        if version > VERSION {
             let text = format!("{}: layout {version}, this prefixd reads {VERSION}", path.display());
             return Err(Error::precondition(text));
         }
-        db.execute_batch(SCHEMA).map_err(at)?;
-        db.pragma_update(None, "user_version", VERSION).map_err(at)?;
-        Ok(Journal { db })
+        let mut journal = Journal { db };
+        journal.lay_out().map_err(at)?;
+        Ok(journal)
+    }
+
+    /// Makes the tables, of nothing or of an older layout's: all of it or nothing.
+    fn lay_out(&mut self) -> rusqlite::Result<()> {
+        let all = self.db.transaction()?;
+        let sql = "SELECT COUNT(*) FROM pragma_table_info('jobs') WHERE name = 'data'";
+        let old = all.query_row(sql, [], |row| row.get::<_, i64>(0))? > 0;
+        if old {
+            all.execute_batch("ALTER TABLE jobs RENAME TO jobs_1")?;
+        }
+        all.execute_batch(SCHEMA)?;
+        if old {
+            all.execute_batch(FROM_1)?;
+        }
+        all.pragma_update(None, "user_version", VERSION)?;
+        all.commit()
     }
 
     /// Stands for a disk that has room for so many pages of 4 KiB.
@@ -92,18 +127,19 @@ impl Journal {
     }
 
     /// Adds a job.
-    pub fn create(&mut self, row: &Row, data: &str) -> Result<()> {
-        let sql = "INSERT INTO jobs (id, created_at, adapter_id, spec, base, data, state) VALUES (?,?,?,?,?,?,?)";
-        let values =
-            params![row.id, row.created_at, row.adapter_id, row.spec, row.base, data.as_bytes(), row.state.as_str()];
-        self.db.execute(sql, values).map_err(fault)?;
-        Ok(())
+    pub fn create(&mut self, row: &Row, lines: &str) -> Result<()> {
+        let all = self.db.transaction().map_err(fault)?;
+        let sql = "INSERT INTO jobs (id, created_at, adapter_id, spec, base, state) VALUES (?,?,?,?,?,?)";
+        let values = params![row.id, row.created_at, row.adapter_id, row.spec, row.base, row.state.as_str()];
+        all.execute(sql, values).map_err(fault)?;
+        all.execute("INSERT INTO data (job, lines) VALUES (?,?)", params![row.id, lines.as_bytes()]).map_err(fault)?;
+        all.commit().map_err(fault)
     }
 
     /// All jobs, oldest first.
     pub fn jobs(&self) -> Result<Vec<Row>> {
         let sql =
-            "SELECT id, created_at, ended_at, adapter_id, spec, base, state, error, generation, progress FROM jobs
+            "SELECT id, created_at, ended_at, adapter_id, spec, base, state, error, generation, progress, starts FROM jobs
              ORDER BY created_at, id";
         let mut statement = self.db.prepare(sql).map_err(fault)?;
         let rows = statement.query_map([], |row| {
@@ -119,6 +155,7 @@ impl Journal {
                 error: row.get(7)?,
                 generation: row.get::<_, i64>(8)? as u64,
                 progress: progress.and_then(|json| serde_json::from_str(&json).ok()),
+                starts: row.get(10)?,
             })
         });
         rows.and_then(Iterator::collect).map_err(fault)
@@ -127,31 +164,57 @@ impl Journal {
     /// A job's examples as JSON lines.
     pub fn data(&self, id: &str) -> Result<String> {
         let bytes: Vec<u8> =
-            self.db.query_row("SELECT data FROM jobs WHERE id = ?", [id], |row| row.get(0)).map_err(fault)?;
+            self.db.query_row("SELECT lines FROM data WHERE job = ?", [id], |row| row.get(0)).map_err(fault)?;
         String::from_utf8(bytes).map_err(|e| Error::internal(format!("data of job {id}: {e}")))
     }
 
     /// A job's checkpoint.
     pub fn checkpoint(&self, id: &str) -> Result<Option<Vec<u8>>> {
-        let sql = "SELECT checkpoint FROM jobs WHERE id = ?";
-        let found = self.db.query_row(sql, [id], |row| row.get(0)).optional();
-        Ok(found.map_err(fault)?.flatten())
+        let sql = "SELECT weights FROM checkpoints WHERE job = ?";
+        self.db.query_row(sql, [id], |row| row.get(0)).optional().map_err(fault)
     }
 
-    /// A job's reports, in order.
-    pub fn reports(&self, id: &str) -> Result<Vec<Report>> {
-        let mut statement =
-            self.db.prepare("SELECT report FROM reports WHERE job = ? ORDER BY number").map_err(fault)?;
-        let rows = statement.query_map([id], |row| row.get::<_, String>(0)).map_err(fault)?;
-        rows.map(|json| serde_json::from_str(&json.map_err(fault)?).map_err(|e| Error::internal(e.to_string())))
-            .collect()
+    /// A job's reports from number `from` on, in order, `most` of them.
+    pub fn reports(&self, id: &str, from: usize, most: usize) -> Result<Vec<Report>> {
+        let sql = "SELECT report FROM reports WHERE job = ? AND number >= ? ORDER BY number LIMIT ?";
+        let mut statement = self.db.prepare(sql).map_err(fault)?;
+        let rows = statement.query_map(params![id, from as i64, most as i64], |row| row.get::<_, String>(0));
+        rows.map_err(fault)?.map(|json| report(&json.map_err(fault)?)).collect()
+    }
+
+    /// How many reports of a job there are.
+    pub fn count(&self, id: &str) -> Result<usize> {
+        let sql = "SELECT COALESCE(MAX(number) + 1, 0) FROM reports WHERE job = ?";
+        let count: i64 = self.db.query_row(sql, [id], |row| row.get(0)).map_err(fault)?;
+        Ok(count.max(0) as usize)
+    }
+
+    /// A job's last report of a kind: [`Happened`](super::run::Happened)'s variant by its name.
+    pub fn last(&self, id: &str, kind: &str) -> Result<Option<Report>> {
+        let sql = "SELECT report FROM reports WHERE job = ? AND json_type(report, '$.what.' || ?) IS NOT NULL
+                   ORDER BY number DESC LIMIT 1";
+        let json = self.db.query_row(sql, params![id, kind], |row| row.get::<_, String>(0));
+        json.optional().map_err(fault)?.map(|json| report(&json)).transpose()
+    }
+
+    /// A process is about to train a job.
+    pub fn begin(&mut self, id: &str) -> Result<()> {
+        self.db.execute("UPDATE jobs SET starts = starts + 1 WHERE id = ?", [id]).map_err(fault)?;
+        Ok(())
+    }
+
+    /// No job has ended this process.
+    pub fn stopped(&mut self) -> Result<()> {
+        self.db.execute("UPDATE jobs SET starts = 0 WHERE starts > 0", []).map_err(fault)?;
+        Ok(())
     }
 
     /// Forgets a job.
     pub fn delete(&mut self, id: &str) -> Result<()> {
         let all = self.db.transaction().map_err(fault)?;
-        all.execute("DELETE FROM jobs WHERE id = ?", [id]).map_err(fault)?;
-        all.execute("DELETE FROM reports WHERE job = ?", [id]).map_err(fault)?;
+        for (table, key) in [("jobs", "id"), ("data", "job"), ("checkpoints", "job"), ("reports", "job")] {
+            all.execute(&format!("DELETE FROM {table} WHERE {key} = ?"), [id]).map_err(fault)?;
+        }
         all.commit().map_err(fault)
     }
 
@@ -172,13 +235,16 @@ impl Journal {
                 let json = serde_json::to_string(report).map_err(|e| Error::internal(e.to_string()))?;
                 insert.execute(params![id, (from + i) as i64, json]).map_err(fault)?;
             }
-            let sql = "UPDATE jobs SET state = ?2, error = ?3, generation = ?4, ended_at = ?5 WHERE id = ?1";
-            let values = params![id, change.state.as_str(), change.error, change.generation as i64, change.ended_at];
+            let sql =
+                "UPDATE jobs SET state = ?2, error = ?3, generation = ?4, ended_at = ?5, starts = ?6 WHERE id = ?1";
+            let Change { state, error, generation, ended_at, starts } = change;
+            let values = params![id, state.as_str(), error, *generation as i64, ended_at, starts];
             all.execute(sql, values).map_err(fault)?;
             if let Some((progress, bytes)) = checkpoint {
                 let json = serde_json::to_string(progress).map_err(|e| Error::internal(e.to_string()))?;
-                let sql = "UPDATE jobs SET progress = ?2, checkpoint = ?3 WHERE id = ?1";
-                all.execute(sql, params![id, json, bytes]).map_err(fault)?;
+                all.execute("UPDATE jobs SET progress = ?2 WHERE id = ?1", params![id, json]).map_err(fault)?;
+                let sql = "INSERT OR REPLACE INTO checkpoints (job, weights) VALUES (?,?)";
+                all.execute(sql, params![id, bytes]).map_err(fault)?;
             }
         }
         all.commit().map_err(fault)
@@ -196,6 +262,12 @@ pub struct Change<'a> {
     pub generation: u64,
     /// Microseconds since 1970.
     pub ended_at: Option<i64>,
+    /// See [`Row::starts`].
+    pub starts: u32,
+}
+
+fn report(json: &str) -> Result<Report> {
+    serde_json::from_str(json).map_err(|e| Error::internal(format!("training jobs: a report: {e}")))
 }
 
 fn fault(e: rusqlite::Error) -> Error {

@@ -61,7 +61,7 @@ pub struct Progress {
     pub done: bool,
 }
 
-/// What happened in a step or an evaluation.
+/// What happened in a step, an evaluation or a start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Which start of several, from 0.
@@ -94,6 +94,11 @@ pub enum Happened {
         token_accuracy: f64,
         /// Share of examples that it would get right to the last token.
         exact_match: f64,
+    },
+    /// A loss or gradient was not finite: this start has no result, the next one begins.
+    Diverged {
+        /// What was not finite.
+        reason: String,
     },
 }
 
@@ -167,8 +172,10 @@ impl Run {
 
     /// Takes in what the work came to; `spent` is this job's share of the time. Reports what has ended with it.
     ///
+    /// A start whose loss or gradient is not finite is given up for the next one.
+    ///
     /// # Errors
-    /// `FailedPrecondition` for a loss or gradient that is not finite: the run is over.
+    /// `FailedPrecondition` where that was the last start, and none before it had a result: the run is over.
     pub fn take(&mut self, model: &Model, outcome: Outcome, spent: Duration) -> Result<Option<Report>> {
         let evaluation = self.evaluating();
         let settings = &self.plan.settings;
@@ -201,8 +208,8 @@ impl Run {
         let (restart, step) = (self.progress.restart, self.progress.step);
         if !loss.is_finite() {
             let rate = self.learning_rate();
-            let text = format!("the loss of step {step} is {loss}: lower the learning rate (now {rate:.1e})");
-            return Err(Error::precondition(text));
+            let reason = format!("the loss of step {step} is {loss}: lower the learning rate (now {rate:.1e})");
+            return self.diverged(model, reason).map(Some);
         }
         if evaluation {
             let report = Happened::Evaluation {
@@ -217,8 +224,8 @@ impl Run {
         let gradients = out.gradients.unwrap_or_default();
         let gradient_norm = self.job.update(&gradients, learning_rate)?;
         if !gradient_norm.is_finite() {
-            let text = format!("the gradient of step {step} is {gradient_norm}: lower the learning rate");
-            return Err(Error::precondition(text));
+            let reason = format!("the gradient of step {step} is {gradient_norm}: lower the learning rate");
+            return self.diverged(model, reason).map(Some);
         }
         self.progress.step += 1;
         self.progress.rows += out.rows as u64;
@@ -292,6 +299,24 @@ impl Run {
             self.progress.champion = Some(loss);
             self.kept.insert(CHAMPION.into(), self.job.values()?);
         }
+        self.next_start(model)
+    }
+
+    /// This start is lost, with all that it had.
+    fn diverged(&mut self, model: &Model, reason: String) -> Result<Report> {
+        let (restart, step, starts) = (self.progress.restart, self.progress.step, self.plan.settings.restarts);
+        if restart + 1 >= starts && self.progress.champion.is_none() {
+            let all =
+                if starts > 1 { format!("each of {starts} restarts diverged; in the last ") } else { String::new() };
+            return Err(Error::precondition(all + &reason));
+        }
+        self.kept.remove(BEST);
+        self.next_start(model)?;
+        Ok(Report { restart, step, what: Happened::Diverged { reason } })
+    }
+
+    /// Begins the next start; after the last one the best one's weights are the result.
+    fn next_start(&mut self, model: &Model) -> Result<()> {
         let next = self.progress.restart + 1;
         if next < self.plan.settings.restarts {
             self.job = start(model, &self.plan, next)?;
@@ -357,7 +382,12 @@ pub fn shuffle(all: &mut [usize], seed: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::order;
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::adapter::InputRow;
+    use crate::model::{LoadOptions, source};
+    use crate::training::settings::TrainMethod;
+    use crate::training::step::Goal;
 
     #[test]
     fn epochs_are_permutations_or_the_data_as_it_is() {
@@ -372,5 +402,52 @@ mod tests {
         // Steps that straddle an epoch's end go on in the same order.
         assert_eq!(order(10, Some(3), 7..23), shuffled[7..23]);
         assert_eq!(order(3, None, 2..8), [2, 0, 1, 2, 0, 1]);
+    }
+
+    /// A run of three starts of two steps each.
+    fn three_starts(model: &Model) -> Run {
+        let settings =
+            Settings { method: TrainMethod::PromptTuning, init: Init::SampledVocabulary, ..Settings::default() };
+        let settings = Settings { restarts: 3, max_steps: 2, batch_size: 1, ..settings }.checked(256).unwrap();
+        let rows = vec![InputRow::Token(5), InputRow::Token(6)];
+        let train = vec![Example { task: 0, rows, goal: Goal::Tokens(vec![None, Some(6)]) }];
+        let (before, after, init_text, evaluation) = Default::default();
+        let placement = Placement::VirtualTokens;
+        let plan = Plan { settings, placement, before, after, init_text, labels: 0, train, evaluation };
+        Run::new(model, Arc::new(plan), None).unwrap()
+    }
+
+    /// What a batch of loss `nll` would be.
+    fn take(run: &mut Run, model: &Model, nll: f64) -> Result<Report> {
+        let gradients =
+            run.job().weights().map(|(_, var)| Ok((var.ones_like()? * 0.1)?)).collect::<Result<Vec<_>>>()?;
+        let outcome =
+            Outcome { nll, targets: 1, examples: 1, rows: 2, gradients: Some(gradients), ..Outcome::default() };
+        Ok(run.take(model, outcome, Duration::from_millis(1))?.unwrap())
+    }
+
+    /// A start that diverges leaves nothing; what another one came to is the result.
+    #[test]
+    fn a_start_that_diverges_is_given_up_for_the_others() {
+        let model = Model::load(&source::resolve("embedded").unwrap(), LoadOptions::default()).unwrap();
+        let mut run = three_starts(&model);
+        take(&mut run, &model, 1.0).unwrap();
+        let report = take(&mut run, &model, f64::NAN).unwrap();
+        let lost = |r: &Report| matches!(&r.what, Happened::Diverged { reason } if reason.contains("loss of step"));
+        assert!(lost(&report) && (report.restart, report.step) == (0, 1), "{report:?}");
+        assert_eq!((run.progress().restart, run.progress().step), (1, 0));
+        take(&mut run, &model, 2.0).unwrap();
+        take(&mut run, &model, 1.5).unwrap();
+        assert_eq!(run.progress().restart, 2);
+        let better = run.kept[CHAMPION][0].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(lost(&take(&mut run, &model, f64::INFINITY).unwrap()));
+        assert!(run.progress().done);
+        let (_, result) = run.job().weights().next().unwrap();
+        assert_eq!(result.flatten_all().unwrap().to_vec1::<f32>().unwrap(), better);
+
+        let mut run = three_starts(&model);
+        assert!(lost(&take(&mut run, &model, f64::NAN).unwrap()) && lost(&take(&mut run, &model, f64::NAN).unwrap()));
+        let e = take(&mut run, &model, f64::NAN).unwrap_err();
+        assert!(e.kind() == Kind::FailedPrecondition && e.to_string().contains("each of 3 restarts"), "{e}");
     }
 }

@@ -66,7 +66,7 @@ pub enum Recompute {
     /// Kept for as many layers as fit.
     #[default]
     Auto,
-    /// Kept for all layers.
+    /// Kept for all layers: refused where they do not fit.
     Never,
     /// Computed again in every layer.
     Always,
@@ -268,14 +268,13 @@ impl Settings {
             let rule = "but only MULTITASK_PROMPT_TUNING has tasks";
             return Err(Error::invalid("settings.num_ranks", self.num_ranks, rule));
         }
-        if !self.init_text.is_empty() {
+        if self.reparametrisation == Reparametrisation::Projection && self.init != Init::Random {
+            let rule = "but a PROJECTION starts from random numbers: leave it out, or say RANDOM";
+            return Err(Error::invalid("settings.init", format!("{:?}", self.init), rule));
+        }
+        if !self.init_text.is_empty() && self.init != Init::Text {
             let text = format!("{:?}", self.init_text);
-            if self.init != Init::Text {
-                return Err(Error::invalid("settings.init_text", text, "but `settings.init` is not TEXT"));
-            }
-            if self.reparametrisation == Reparametrisation::Projection {
-                return Err(Error::invalid("settings.init_text", text, "but a PROJECTION starts from random numbers"));
-            }
+            return Err(Error::invalid("settings.init_text", text, "but `settings.init` is not TEXT"));
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ pub enum Order {
 pub enum Event {
     /// The first slice is about to run.
     Started(JobId),
-    /// A step or an evaluation is done.
+    /// A step or an evaluation is done, or a start is given up.
     Reported(JobId, Report),
     /// All that is needed to go on later.
     Checkpoint(JobId, Progress, Vec<u8>),
@@ -41,8 +41,11 @@ pub enum Event {
     Failed(JobId, Error),
     /// Not the trainer's: there may be a job to start.
     Look,
-    /// The trainer is gone.
-    Stopped,
+    /// The trainer is gone: because the server stops, or with a thread or a GPU that failed.
+    Stopped {
+        /// The server stops.
+        orderly: bool,
+    },
 }
 
 /// What bounds a trainer.
@@ -74,7 +77,12 @@ pub struct Trainer {
 struct Under {
     run: Run,
     saved: Instant,
+    /// How long after that the next checkpoint is due.
+    due: Duration,
 }
+
+/// The first checkpoint of a process comes after that time at most: others may wait for a sign that the job does no harm.
+const FIRST_CHECKPOINT: Duration = Duration::from_secs(10);
 
 struct Batch {
     step: Step,
@@ -106,7 +114,8 @@ impl Trainer {
                             if run.progress().done {
                                 self.tell(Event::Finished(id, Box::new(run)));
                             } else {
-                                self.runs.insert(id, Under { run, saved: Instant::now() });
+                                let due = self.bounds.checkpoint_every.min(FIRST_CHECKPOINT);
+                                self.runs.insert(id, Under { run, saved: Instant::now(), due });
                             }
                         }
                         Err(e) => self.tell(Event::Failed(id, e)),
@@ -126,19 +135,16 @@ impl Trainer {
             order.retain(|id| **id == suspect);
         }
         let (mut jobs, mut work, mut rows) = (Vec::new(), Vec::new(), 0);
-        let (mut longest, mut recompute) = (Recompute::Never, false);
+        let mut recompute = false;
         for id in order {
             let Some(next) = self.runs[id].run.work() else { continue };
             let own: usize = next.examples.iter().map(|e| e.rows.len()).sum();
             if !jobs.is_empty() && rows + own > self.bounds.batch_rows {
                 continue;
             }
-            let wish = self.runs[id].run.plan().settings.recompute;
-            recompute |= wish == Recompute::Always;
-            if wish == Recompute::Auto {
-                longest = Recompute::Auto;
-            }
-            rows += own + self.runs[id].run.plan().settings.num_virtual_tokens;
+            let settings = &self.runs[id].run.plan().settings;
+            recompute |= settings.recompute == Recompute::Always;
+            rows += own + settings.num_virtual_tokens;
             jobs.push(id.clone());
             work.push(next);
         }
@@ -151,14 +157,9 @@ impl Trainer {
         if !std::mem::replace(&mut self.holding, true) {
             memory::hold();
         }
-        let keep = if recompute {
-            0
-        } else if longest == Recompute::Auto || model.gpu().is_some() {
-            // A GPU's memory is shared out: more than training's share would fail the requests of others.
-            self.bounds.activation_bytes / (rows * model.activation_bytes_per_row()).max(1)
-        } else {
-            usize::MAX
-        };
+        // Layers. By itself, a job that wants all of them kept was let in because they fit.
+        let fit = self.bounds.activation_bytes / (rows * model.activation_bytes_per_row()).max(1);
+        let keep = if recompute { 0 } else { fit };
         self.last.clone_from(&jobs);
         let step = guarded(|| Step::new(model, &work, Activations::Keep(keep)));
         step.map(|step| Some(Batch { step, jobs, spent: Duration::ZERO }))
@@ -202,8 +203,8 @@ impl Trainer {
             }
             return;
         }
-        if under.saved.elapsed() >= self.bounds.checkpoint_every {
-            under.saved = Instant::now();
+        if under.saved.elapsed() >= under.due {
+            (under.saved, under.due) = (Instant::now(), self.bounds.checkpoint_every);
             match guarded(|| under.run.save()) {
                 Ok(bytes) => {
                     let progress = under.run.progress().clone();
@@ -250,7 +251,8 @@ impl Drop for Trainer {
                 Err(e) => tracing::warn!(job = &*id, "no last checkpoint: {e}"),
             }
         }
-        self.tell(Event::Stopped);
+        // After a fault of a shared batch nobody knows yet which job it was.
+        self.tell(Event::Stopped { orderly: !std::thread::panicking() && self.suspects.is_empty() });
     }
 }
 

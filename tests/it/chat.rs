@@ -62,7 +62,7 @@ const TEMPLATE: &str = "\
 {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}=>{% endif %}";
 
 /// The demo model in a folder, with a chat template.
-fn model() -> TempDir {
+pub fn model() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"] {
         std::fs::copy(format!("models/demo/{file}"), dir.path().join(file)).unwrap();
@@ -72,12 +72,12 @@ fn model() -> TempDir {
     dir
 }
 
-async fn served(model: &TempDir) -> Served {
+pub async fn served(model: &TempDir) -> Served {
     let model = model.path().to_str().unwrap().to_owned();
     Served::with(Config { model, drain_seconds: 20, ..Config::default() }).await
 }
 
-fn talk(messages: &[(&str, &str)]) -> proto::Messages {
+pub fn talk(messages: &[(&str, &str)]) -> proto::Messages {
     let message =
         |(role, content): &(&str, &str)| proto::ChatMessage { role: (*role).into(), content: (*content).into() };
     proto::Messages { messages: messages.iter().map(message).collect(), add_generation_prompt: None }

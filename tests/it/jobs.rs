@@ -1,13 +1,16 @@
 //! Training by RPC: jobs from their creation to their adapter in service, and what happens in between.
-use crate::served::{Served, prompt};
+mod commands;
+mod killed;
+mod methods;
+mod refused;
+mod settings;
+
+use crate::served::{Served, prompt, upload};
 use prefixd::config::{Config, TrainingConfig};
 use prefixd::rpc::proto::training_service_client::TrainingServiceClient;
 use prefixd::rpc::proto::watch_training_job_response::Event;
-use prefixd::rpc::proto::{
-    self, PromptInit, PromptReparametrisation, TrainingJobState, TrainingMethod, dataset::Source,
-};
+use prefixd::rpc::proto::{self, TrainingJobState, dataset::Source};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -75,6 +78,7 @@ async fn follow(
         match message.event.unwrap() {
             Event::Step(step) => steps.push(step),
             Event::Evaluation(e) => evaluations.push(e),
+            Event::Divergence(d) => panic!("{d:?}"),
             Event::Job(job) => last = Some(job),
         }
     }
@@ -118,154 +122,6 @@ async fn a_task_is_trained_and_serves() {
     assert_eq!((measured.examples, measured.answers.len()), (20, 20));
 }
 
-/// The methods, each with what makes it special.
-fn methods() -> Vec<(&'static str, proto::CreateTrainingJobRequest)> {
-    use PromptReparametrisation::{Lstm, Projection};
-    let with = |id: &'static str, method: TrainingMethod, change: &dyn Fn(&mut proto::TrainingSettings)| {
-        let mut request = job(id, 5);
-        let settings = request.settings.as_mut().unwrap();
-        settings.method = method.into();
-        change(settings);
-        (id, request)
-    };
-    let mut tasks = with("tasks", TrainingMethod::MultitaskPromptTuning, &|s| s.num_ranks = Some(2));
-    let mut data = examples(24);
-    data.iter_mut().enumerate().for_each(|(i, e)| e.task_id = i as u32 % 3);
-    tasks.1.data = inline(data);
-    vec![
-        with("prefix", TrainingMethod::PrefixTuning, &|_| ()),
-        with("prefix-random", TrainingMethod::PrefixTuning, &|s| s.init = PromptInit::Random.into()),
-        with("projection", TrainingMethod::PrefixTuning, &|s| s.reparametrisation = Projection.into()),
-        with("prompt", TrainingMethod::PromptTuning, &|s| s.init = PromptInit::SampledVocabulary.into()),
-        with("mlp", TrainingMethod::PTuning, &|s| s.accumulation_steps = Some(2)),
-        with("lstm", TrainingMethod::PTuning, &|s| s.reparametrisation = Lstm.into()),
-        with("restarts", TrainingMethod::PromptTuning, &|s| {
-            (s.restarts, s.evaluation_share, s.evaluation_interval) = (Some(2), Some(0.25), Some(2));
-        }),
-        tasks,
-    ]
-}
-
-/// All methods at once in shared batches, then one after the other with every layer computed again: the same adapters.
-#[tokio::test(flavor = "multi_thread")]
-async fn jobs_together_give_what_each_gives_alone() {
-    let mut digests = Vec::new();
-    for (running, recomputation) in [(8, proto::Recomputation::Never), (1, proto::Recomputation::Always)] {
-        let served = server(None, TrainingConfig { max_running: running, ..TrainingConfig::default() }).await;
-        let mut client = client(&served).await;
-        let mut ids = Vec::new();
-        for (_, mut request) in methods() {
-            request.settings.as_mut().unwrap().recomputation = recomputation.into();
-            ids.push(create(&mut client, request).await.unwrap());
-        }
-        let mut all = Vec::new();
-        for ((name, _), id) in methods().into_iter().zip(ids) {
-            let (steps, _, job) = follow(&mut client, &id).await;
-            assert_eq!(job.state(), TrainingJobState::Succeeded, "{name}: {}", job.error);
-            let get = proto::GetAdapterRequest { adapter_id: name.into() };
-            let adapter = served.adapters().await.get_adapter(get).await.unwrap().into_inner().adapter.unwrap();
-            if name == "tasks" {
-                // Each example is asked as its task; the bare base beside it has none.
-                let data = methods().pop().unwrap().1.data;
-                let evaluate = proto::EvaluateRequest { adapter_id: name.into(), data, ..Default::default() };
-                let measured = client.evaluate(evaluate).await.unwrap().into_inner();
-                let scores = [measured.scores.unwrap(), measured.base_scores.unwrap()];
-                assert!(scores.iter().all(|s| s.perplexity.unwrap() > 1.0), "{scores:?}");
-            }
-            all.push((name, adapter.digest, steps.iter().map(|s| s.loss.to_bits()).collect::<Vec<_>>()));
-        }
-        digests.push(all);
-    }
-    for (together, alone) in digests[0].iter().zip(&digests[1]) {
-        assert_eq!(together, alone);
-    }
-}
-
-/// A server in a process of its own, to be killed.
-struct Process {
-    child: Child,
-    address: String,
-}
-
-impl Process {
-    fn start(dir: &Path) -> Self {
-        let address = format!("127.0.0.1:{}", free_port());
-        let child = Command::new(env!("CARGO_BIN_EXE_prefixd"))
-            .args(["serve", "--listen", &address, "--adapters"])
-            .arg(dir)
-            // Between any two steps there is a checkpoint.
-            .env("PREFIXD_TRAINING__CHECKPOINT_SECONDS", "0")
-            .env("PREFIXD_LOG", "error")
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        Process { child, address: format!("http://{address}") }
-    }
-
-    async fn client(&self) -> Client {
-        loop {
-            if let Ok(channel) = Channel::from_shared(self.address.clone()).unwrap().connect().await {
-                return TrainingServiceClient::new(channel);
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(30)).await;
-        }
-    }
-}
-
-impl Drop for Process {
-    /// SIGKILL.
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// Killed after several steps, the job goes on by itself and leaves the files and the losses of one that was let alone.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_server_ends_with_the_same_weights() {
-    let request = || {
-        let mut request = job("kept", 40);
-        let settings = request.settings.as_mut().unwrap();
-        settings.method = TrainingMethod::PTuning.into();
-        (settings.restarts, settings.evaluation_share, settings.evaluation_interval) = (Some(2), Some(0.25), Some(7));
-        request
-    };
-    let mut results = Vec::new();
-    for kills in [0, 4] {
-        let dir = tempfile::tempdir().unwrap();
-        let mut process = Process::start(dir.path());
-        let mut client = process.client().await;
-        let id = create(&mut client, request()).await.unwrap();
-        for kill in 0..kills {
-            let watch = proto::WatchTrainingJobRequest { job_id: id.clone() };
-            let mut events = client.watch_training_job(watch).await.unwrap().into_inner();
-            let mut seen = 0;
-            while seen < 9 * (kill + 1) {
-                let message = events.message().await.unwrap().expect("the job ended before it was killed");
-                seen += usize::from(matches!(message.event, Some(Event::Step(_))));
-            }
-            drop(process);
-            process = Process::start(dir.path());
-            client = process.client().await;
-        }
-        let (steps, evaluations, job) = follow(&mut client, &id).await;
-        assert_eq!(job.state(), TrainingJobState::Succeeded, "{}", job.error);
-        let weights = std::fs::read(dir.path().join("kept/adapter_model.safetensors")).unwrap();
-        let losses: Vec<_> = steps.iter().map(|s| (s.restart, s.step, s.loss.to_bits())).collect();
-        let scores: Vec<_> = evaluations.iter().map(|e| (e.restart, e.step, e.loss.to_bits())).collect();
-        results.push((losses, scores, weights));
-    }
-    assert_eq!(results[0].0.len(), 80);
-    let (quiet, killed) = (&results[0], &results[1]);
-    assert_eq!(quiet.0, killed.0, "losses");
-    assert_eq!(quiet.1, killed.1, "evaluations");
-    assert!(quiet.2 == killed.2, "the weights differ");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_cancelled_and_others_go_on() {
     let served = server(None, TrainingConfig { max_running: 2, ..TrainingConfig::default() }).await;
@@ -298,146 +154,21 @@ async fn a_job_is_cancelled_and_others_go_on() {
     assert!(second.next_page_token.is_empty());
 }
 
-/// One job's loss is not a number; the job beside it, in the same batches, ends as if it had been alone.
+/// What a job makes does not replace an upload that knew nothing of it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_diverges_fails_alone() {
+async fn an_upload_is_told_of_the_job_that_makes_its_adapter() {
     let served = server(None, TrainingConfig::default()).await;
-    let mut client = client(&served).await;
-    let mut wild = job("wild", 60);
-    let settings = wild.settings.as_mut().unwrap();
-    (settings.learning_rate, settings.max_gradient_norm) = (Some(1000.0), Some(0.0));
-    settings.weight_decay = Some(10.0);
-    let calm = create(&mut client, job("calm", 20)).await.unwrap();
-    let wild = create(&mut client, wild).await.unwrap();
-    let job = follow(&mut client, &wild).await.2;
-    assert_eq!(job.state(), TrainingJobState::Failed);
-    assert!(job.error.contains("lower the learning rate"), "{}", job.error);
-    assert_eq!(follow(&mut client, &calm).await.2.state(), TrainingJobState::Succeeded);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_trained_is_refused_with_its_reason() {
-    let served =
-        server(None, TrainingConfig { max_queued: 0, max_running: 1, batch_mib: 64, ..TrainingConfig::default() })
-            .await;
-    let mut client = client(&served).await;
-    let refused = async |client: &mut Client,
-                         code: Code,
-                         said: &[&str],
-                         change: &dyn Fn(&mut proto::CreateTrainingJobRequest)| {
-        let mut request = job("new", 3);
-        change(&mut request);
-        let status = create(client, request).await.expect_err(said[0]);
-        assert_eq!(status.code(), code, "{status:?}");
-        said.iter().for_each(|said| assert!(status.message().contains(said), "{said}: {}", status.message()));
-    };
-    let c = &mut client;
-    let invalid = Code::InvalidArgument;
-    refused(c, Code::AlreadyExists, &["sentiment", "replace"], &|r| r.adapter_id = "sentiment".into()).await;
-    refused(c, invalid, &["adapter_id"], &|r| r.adapter_id = "../x".into()).await;
-    refused(c, invalid, &["data", "missing"], &|r| r.data = None).await;
-    refused(c, invalid, &["example 1", "no `target`"], &|r| {
-        let mut all = examples(3);
-        all[1].targets.clear();
-        r.data = inline(all);
-    })
-    .await;
-    let named = |name: &'static str| {
-        move |r: &mut proto::CreateTrainingJobRequest| {
-            r.data = Some(proto::Dataset { source: Some(Source::DatasetId(name.into())) })
-        }
-    };
-    refused(c, Code::NotFound, &["nonesuch"], &named("nonesuch")).await;
-    refused(c, invalid, &["dataset_id"], &named("../../etc/passwd")).await;
-    refused(c, invalid, &["settings.method", "99"], &|r| r.settings.as_mut().unwrap().method = 99).await;
-    refused(c, invalid, &["settings.num_virtual_tokens", "0"], &|r| {
-        r.settings.as_mut().unwrap().num_virtual_tokens = Some(0)
-    })
-    .await;
-    refused(c, invalid, &["settings.learning_rate", "NaN"], &|r| {
-        r.settings.as_mut().unwrap().learning_rate = Some(f64::NAN)
-    })
-    .await;
-    refused(c, invalid, &["settings.reparametrisation", "P_TUNING"], &|r| {
-        r.settings.as_mut().unwrap().reparametrisation = PromptReparametrisation::Lstm.into();
-    })
-    .await;
-    refused(c, invalid, &["pinned", "load"], &|r| (r.load, r.pinned) = (false, true)).await;
-    refused(c, invalid, &["settings.encoder_hidden_size", "network"], &|r| {
-        r.settings.as_mut().unwrap().encoder_hidden_size = Some(8)
-    })
-    .await;
-    refused(c, invalid, &["settings.encoder_num_layers", "LSTM"], &|r| {
-        r.settings.as_mut().unwrap().encoder_num_layers = Some(3)
-    })
-    .await;
-    refused(c, invalid, &["settings.num_ranks", "MULTITASK"], &|r| r.settings.as_mut().unwrap().num_ranks = Some(2))
-        .await;
-    refused(c, invalid, &["settings.init_text", "PROJECTION"], &|r| {
-        let settings = r.settings.as_mut().unwrap();
-        (settings.init, settings.init_text) = (PromptInit::Text.into(), "the soup".into());
-        settings.reparametrisation = PromptReparametrisation::Projection.into();
-    })
-    .await;
-    refused(c, invalid, &["settings.early_stopping_patience"], &|r| {
-        r.settings.as_mut().unwrap().early_stopping_patience = Some(2)
-    })
-    .await;
-    refused(c, invalid, &["settings.target_template"], &|r| {
-        r.settings.as_mut().unwrap().target_template = Some("x".into())
-    })
-    .await;
-    refused(c, invalid, &["task.toml", "templat"], &|r| r.task_card = "templat = 1".into()).await;
-    refused(c, invalid, &["longer than"], &|r| r.settings.as_mut().unwrap().max_length = Some(3)).await;
-    refused(c, invalid, &["none of the card's `labels`", "weird"], &|r| {
-        let mut all = examples(3);
-        all[2].targets = vec!["weird".into()];
-        r.data = inline(all);
-        r.settings.as_mut().unwrap().classification_head = true;
-        r.task_card = r.task_card.replace("verbalizers = [\" positive\", \" negative\"]\n", "");
-    })
-    .await;
-    refused(c, Code::ResourceExhausted, &["settings.batch_size", "training.batch_mib"], &|r| {
-        r.settings.as_mut().unwrap().batch_size = Some(4096);
-    })
-    .await;
-    // Weights that no memory could hold, by what the data says and by what the settings say.
-    let multitask = |r: &mut proto::CreateTrainingJobRequest| {
-        r.settings.as_mut().unwrap().method = TrainingMethod::MultitaskPromptTuning.into();
-        let mut all = examples(3);
-        all[1].task_id = 9_999;
-        r.data = inline(all);
-    };
-    refused(c, Code::ResourceExhausted, &["num_tasks", "training.weights_mib"], &|r| {
-        multitask(r);
-        r.settings.as_mut().unwrap().num_ranks = Some(1024);
-    })
-    .await;
-    refused(c, invalid, &["task_id", "4294967295", "10000"], &|r| {
-        multitask(r);
-        let mut all = examples(3);
-        all[1].task_id = u32::MAX;
-        r.data = inline(all);
-    })
-    .await;
-    refused(c, Code::ResourceExhausted, &["encoder_hidden_size", "training.weights_mib"], &|r| {
-        let settings = r.settings.as_mut().unwrap();
-        (settings.method, settings.encoder_hidden_size) = (TrainingMethod::PTuning.into(), Some(65_536));
-    })
-    .await;
-    // One that is too long is left out and counted.
-    let mut request = job("new", 100_000);
-    let mut all = examples(9);
-    all[4].input = "the soup ".repeat(300);
-    request.data = inline(all);
-    let made = client.create_training_job(request).await.unwrap().into_inner().job.unwrap();
-    assert_eq!((made.train_examples, made.too_long_examples), (8, 1));
-    let twice = create(&mut client, job("new", 3)).await.unwrap_err();
-    assert!(twice.code() == Code::AlreadyExists && twice.message().contains(&made.job_id), "{twice:?}");
-    let full = create(&mut client, job("another", 3)).await.unwrap_err();
-    assert_eq!(full.code(), Code::ResourceExhausted);
-    let unknown = client.get_training_job(proto::GetTrainingJobRequest { job_id: "job-x".into() }).await.unwrap_err();
-    assert_eq!(unknown.code(), Code::NotFound);
+    let (mut adapters, mut client) = (served.adapters().await, client(&served).await);
+    let id = create(&mut client, job("mine", 1_000_000)).await.unwrap();
+    let files: [(&str, &[u8]); 1] = [("task.toml", b"template = \"{{ input }} ->\"\n")];
+    let parts = |replace| tokio_stream::iter(upload("mine", replace, &files));
+    let e = adapters.upload_adapter(parts(false)).await.unwrap_err();
+    assert!(e.code() == Code::AlreadyExists && e.message().contains(&id) && e.message().contains("replace"), "{e:?}");
+    adapters.upload_adapter(parts(true)).await.unwrap();
+    client.cancel_training_job(proto::CancelTrainingJobRequest { job_id: id }).await.unwrap();
+    let unload = proto::UnloadAdapterRequest { adapter_id: "mine".into(), delete: true, ..Default::default() };
+    adapters.unload_adapter(unload).await.unwrap();
+    adapters.upload_adapter(parts(false)).await.unwrap();
 }
 
 /// A dataset is uploaded in pieces that break lines and characters, and named by a job and an evaluation.
@@ -447,7 +178,7 @@ async fn datasets_are_uploaded_and_named() {
     let dir = tempfile::tempdir().unwrap();
     let served = server(Some(dir.path()), TrainingConfig { max_data_bytes: 40_000, ..TrainingConfig::default() }).await;
     let mut client = client(&served).await;
-    let upload = |name: &str, text: &str| {
+    let parts = |name: &str, text: &str| {
         let first = Part::DatasetId(name.into());
         let rest = text.as_bytes().chunks(7).map(|c| Part::Chunk(c.to_vec()));
         let parts: Vec<_> = std::iter::once(first).chain(rest).collect();
@@ -457,11 +188,11 @@ async fn datasets_are_uploaded_and_named() {
         format!("{}\n", serde_json::json!({ "input": format!("{} ü", e.input), "targets": e.targets }))
     };
     let text: String = examples(12).iter().map(line).collect();
-    let stored = client.upload_dataset(upload("reviews", &text)).await.unwrap().into_inner();
+    let stored = client.upload_dataset(parts("reviews", &text)).await.unwrap().into_inner();
     assert_eq!((stored.dataset_id.as_str(), stored.examples), ("reviews", 12));
-    let bad = client.upload_dataset(upload("reviews", "{\"input\": 1}\n")).await.unwrap_err();
+    let bad = client.upload_dataset(parts("reviews", "{\"input\": 1}\n")).await.unwrap_err();
     assert!(bad.code() == Code::InvalidArgument && bad.message().contains("line 1"), "{bad:?}");
-    let huge = client.upload_dataset(upload("reviews", &text.repeat(100))).await.unwrap_err();
+    let huge = client.upload_dataset(parts("reviews", &text.repeat(100))).await.unwrap_err();
     assert_eq!(huge.code(), Code::ResourceExhausted, "{huge:?}");
     let named = || Some(proto::Dataset { source: Some(Source::DatasetId("reviews".into())) });
     let id = create(&mut client, proto::CreateTrainingJobRequest { data: named(), ..job("named", 2) }).await.unwrap();

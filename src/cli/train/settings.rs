@@ -11,9 +11,9 @@ pub(crate) struct Settings {
     /// Rows of the prompt or prefix [default: 20].
     #[arg(long, value_name = "N")]
     virtual_tokens: Option<u32>,
-    /// What they start from.
-    #[arg(long, value_enum, default_value_t)]
-    init: Init,
+    /// What they start from [default: text; random for a projection].
+    #[arg(long, value_enum)]
+    init: Option<Init>,
     /// The text of `--init text` [default: the first examples].
     #[arg(long, value_name = "TEXT")]
     init_text: Option<String>,
@@ -110,10 +110,9 @@ enum Method {
     Multitask,
 }
 
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum Init {
     /// A real text.
-    #[default]
     Text,
     /// Tokens of the vocabulary.
     Vocabulary,
@@ -165,9 +164,10 @@ impl From<Settings> for proto::TrainingSettings {
             .into(),
             num_virtual_tokens: s.virtual_tokens,
             init: match s.init {
-                Init::Text => proto::PromptInit::Text,
-                Init::Vocabulary => proto::PromptInit::SampledVocabulary,
-                Init::Random => proto::PromptInit::Random,
+                None => proto::PromptInit::Unspecified,
+                Some(Init::Text) => proto::PromptInit::Text,
+                Some(Init::Vocabulary) => proto::PromptInit::SampledVocabulary,
+                Some(Init::Random) => proto::PromptInit::Random,
             }
             .into(),
             init_text: s.init_text.unwrap_or_default(),

@@ -61,6 +61,10 @@ pub(in crate::cli) async fn follow(
                 bar.set_length(u64::from(job.total_steps));
                 watched.job = Some(job);
             }
+            Some(Event::Divergence(d)) => {
+                let line = format!("  restart {} is given up: {}", d.restart, d.reason);
+                bar.suspend(|| terminal.line(line));
+            }
             None => {}
         }
     }

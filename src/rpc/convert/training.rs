@@ -17,6 +17,15 @@ pub fn settings(wire: proto::TrainingSettings) -> Result<Settings> {
     use proto::{Recomputation as R, TrainingMethod as M};
     let usual = Settings::default();
     let n = |value: Option<u32>, usual: usize| value.map_or(usual, |v| v as usize);
+    let reparametrisation = {
+        let value = wire.reparametrisation;
+        match known("settings.reparametrisation", value, P::try_from(value))? {
+            P::Unspecified => Reparametrisation::Default,
+            P::Mlp => Reparametrisation::Mlp,
+            P::Lstm => Reparametrisation::Lstm,
+            P::Projection => Reparametrisation::Projection,
+        }
+    };
     Ok(Settings {
         method: match known("settings.method", wire.method, M::try_from(wire.method))? {
             M::Unspecified | M::PrefixTuning => TrainMethod::PrefixTuning,
@@ -26,20 +35,13 @@ pub fn settings(wire: proto::TrainingSettings) -> Result<Settings> {
         },
         num_virtual_tokens: n(wire.num_virtual_tokens, usual.num_virtual_tokens),
         init: match known("settings.init", wire.init, I::try_from(wire.init))? {
+            I::Unspecified if reparametrisation == Reparametrisation::Projection => Init::Random,
             I::Unspecified | I::Text => Init::Text,
             I::SampledVocabulary => Init::SampledVocabulary,
             I::Random => Init::Random,
         },
         init_text: wire.init_text,
-        reparametrisation: {
-            let value = wire.reparametrisation;
-            match known("settings.reparametrisation", value, P::try_from(value))? {
-                P::Unspecified => Reparametrisation::Default,
-                P::Mlp => Reparametrisation::Mlp,
-                P::Lstm => Reparametrisation::Lstm,
-                P::Projection => Reparametrisation::Projection,
-            }
-        },
+        reparametrisation,
         encoder_hidden_size: n(wire.encoder_hidden_size, usual.encoder_hidden_size),
         encoder_num_layers: n(wire.encoder_num_layers, usual.encoder_num_layers),
         num_tasks: n(wire.num_tasks, usual.num_tasks),
@@ -148,7 +150,7 @@ fn settings_to_wire(s: &Settings) -> proto::TrainingSettings {
 
 /// An example of a request.
 pub fn record(wire: proto::TrainingExample) -> Result<Record> {
-    let task_id = Some(wire.task_id);
+    let task_id = wire.task_id;
     if let Some(messages) = wire.messages {
         if !wire.input.is_empty() {
             return Err(Error::invalid("input", format!("{:?}", wire.input), "but `messages` is given"));
@@ -167,7 +169,8 @@ pub fn status_of_job(job: &JobStatus) -> proto::TrainingJob {
         match happened {
             proto::watch_training_job_response::Event::Step(step) => last_step = Some(step),
             proto::watch_training_job_response::Event::Evaluation(e) => last_evaluation = Some(e),
-            proto::watch_training_job_response::Event::Job(_) => {}
+            proto::watch_training_job_response::Event::Divergence(_)
+            | proto::watch_training_job_response::Event::Job(_) => {}
         }
     }
     proto::TrainingJob {
@@ -202,12 +205,15 @@ pub fn status_of_job(job: &JobStatus) -> proto::TrainingJob {
 pub fn report(report: &Report) -> proto::watch_training_job_response::Event {
     use proto::watch_training_job_response::Event;
     let (restart, step) = (report.restart as u32, report.step as u32);
-    match report.what {
-        Happened::Step { loss, learning_rate, gradient_norm, tokens_per_second } => {
+    match &report.what {
+        &Happened::Step { loss, learning_rate, gradient_norm, tokens_per_second } => {
             Event::Step(proto::TrainingStep { restart, step, loss, learning_rate, gradient_norm, tokens_per_second })
         }
-        Happened::Evaluation { loss, token_accuracy, exact_match } => {
+        &Happened::Evaluation { loss, token_accuracy, exact_match } => {
             Event::Evaluation(proto::TrainingEvaluation { restart, step, loss, token_accuracy, exact_match })
+        }
+        Happened::Diverged { reason } => {
+            Event::Divergence(proto::TrainingDivergence { restart, step, reason: reason.clone() })
         }
     }
 }

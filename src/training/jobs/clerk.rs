@@ -5,9 +5,12 @@ use crate::training::dataset;
 use crate::training::export::export;
 use crate::training::journal::Change;
 use crate::training::run::{Progress, Run};
-use crate::training::trainer::{Event, Order};
+use crate::training::trainer::{Event, JobId, Order};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
+
+/// Processes that a job may end without getting further.
+const MOST_STARTS: u32 = 5;
 
 impl Inner {
     /// The clerk's loop, until the trainer is gone and the handles are.
@@ -18,13 +21,15 @@ impl Inner {
                 Event::Started(id) => self.set_running(&id),
                 Event::Reported(id, report) => {
                     if let Some(entry) = self.lock().get_mut(&id) {
-                        entry.reports.push(report);
-                        entry.change();
+                        entry.report(report);
                     }
                 }
                 Event::Checkpoint(id, progress, bytes) => {
-                    if let Err(e) = self.persist(&id, JobState::Running, Some((&progress, &bytes))) {
-                        self.give_up(&id, &e.context("checkpoint"));
+                    let waited_for = self.lock().get(&id).is_some_and(|e| e.row.starts > 0);
+                    match self.persist(&id, JobState::Running, Some((&progress, &bytes))) {
+                        Err(e) => self.give_up(&id, &e.context("checkpoint")),
+                        Ok(()) if waited_for => self.start_next(),
+                        Ok(()) => {}
                     }
                 }
                 Event::Finished(id, run) => {
@@ -35,7 +40,13 @@ impl Inner {
                     self.end(&id, JobState::Failed, &e.to_string(), 0);
                     self.start_next();
                 }
-                Event::Stopped => return,
+                Event::Stopped { orderly } => {
+                    // That is no job's fault.
+                    if let Err(e) = if orderly { self.journal().stopped() } else { Ok(()) } {
+                        tracing::warn!("{e}");
+                    }
+                    return;
+                }
             }
         }
     }
@@ -57,21 +68,28 @@ impl Inner {
 
     /// Writes a job's state, its new reports and, with them, a checkpoint.
     fn persist(&self, id: &str, state: JobState, checkpoint: Option<(&Progress, &[u8])>) -> Result<()> {
-        let (error, generation, ended_at, from, reports) = {
-            let jobs = self.lock();
-            let Some(entry) = jobs.get(id) else { return Ok(()) };
+        // Held from here on, so that what is written last is what was true last.
+        let mut journal = self.journal();
+        let (error, generation, ended_at, starts, from, reports) = {
+            let mut jobs = self.lock();
+            let Some(entry) = jobs.get_mut(id) else { return Ok(()) };
             if entry.row.state.ended() && !state.ended() {
                 return Ok(()); // cancelled meanwhile
             }
+            let began = entry.row.progress.clone().unwrap_or_default();
+            if checkpoint.is_some_and(|(progress, _)| *progress != began) {
+                entry.row.starts = 0;
+            }
             let row = &entry.row;
             // Reports count from the last checkpoint on: those after it happen again.
-            let reports = if checkpoint.is_some() || state.ended() { &entry.reports[entry.persisted..] } else { &[] };
-            (row.error.clone(), row.generation, row.ended_at, entry.persisted, reports.to_vec())
+            let reports = if checkpoint.is_some() || state.ended() { &entry.reports[..] } else { &[] };
+            (row.error.clone(), row.generation, row.ended_at, row.starts, entry.persisted, reports.to_vec())
         };
-        let change = Change { state, error: &error, generation, ended_at };
-        self.journal().update(id, &change, from, &reports, checkpoint)?;
+        let change = Change { state, error: &error, generation, ended_at, starts };
+        journal.update(id, &change, from, &reports, checkpoint)?;
         if let Some(entry) = self.lock().get_mut(id) {
-            entry.persisted = from + reports.len();
+            entry.persisted += reports.len();
+            entry.reports.drain(..reports.len());
         }
         Ok(())
     }
@@ -127,51 +145,85 @@ impl Inner {
         };
         match publish() {
             Ok(generation) => self.end(id, JobState::Succeeded, "", generation),
+            // The server stops: the next one publishes it.
+            Err(e) if e.kind() == Kind::Unavailable => tracing::info!(job = id, "not published yet: {e}"),
             Err(e) => self.end(id, JobState::Failed, &e.context("publishing").to_string(), 0),
         }
     }
 
     /// Gives the trainer what waits, while there is room.
     fn start_next(&self) {
-        loop {
-            let (id, spec) = {
-                let mut jobs = self.lock();
-                let running = jobs.values().filter(|e| e.row.state == JobState::Running).count();
-                let mut waiting: Vec<_> = jobs.values_mut().filter(|e| e.row.state == JobState::Queued).collect();
-                waiting.sort_by_key(|e| e.row.created_at);
-                match waiting.into_iter().next() {
-                    Some(entry) if running < self.limits.running => {
-                        entry.row.state = JobState::Running;
-                        entry.change();
-                        (entry.row.id.clone(), Arc::clone(&entry.spec))
-                    }
-                    _ => return,
+        while let Some((id, spec)) = self.pick() {
+            let order = match self.order(&id, &spec) {
+                Ok(order) => order,
+                Err(e) => {
+                    self.end(&id, JobState::Failed, &e.to_string(), 0);
+                    continue;
                 }
             };
-            match self.order(&id, &spec) {
-                Ok(order) => {
-                    let sent = self.orders.lock().unwrap_or_else(PoisonError::into_inner).send(order);
-                    if sent.is_err() {
-                        return; // the server is stopping; the job stays as it is on disk
-                    }
-                    (self.wake)();
+            {
+                // Held, so that a cancellation comes after the start, if it did not come before.
+                let jobs = self.lock();
+                if jobs.get(&id).is_none_or(|e| e.row.state.ended()) {
+                    continue;
                 }
-                Err(e) => self.end(&id, JobState::Failed, &e.to_string(), 0),
+                let sent = self.orders.lock().unwrap_or_else(PoisonError::into_inner).send(order);
+                if sent.is_err() {
+                    return; // the server is stopping; the job stays as it is on disk
+                }
             }
+            (self.wake)();
         }
     }
 
+    /// The next job to run, if one may begin now; it counts as running.
+    ///
+    /// A job that a process began before, and that got no further, may be what ended that process. It begins when all
+    /// others have got further, and others begin when it has: so if it ends the process again, it alone is counted.
+    fn pick(&self) -> Option<(JobId, Arc<Spec>)> {
+        let mut jobs = self.lock();
+        let running = || jobs.values().filter(|e| e.row.state == JobState::Running);
+        let full = running().count() >= self.limits.running;
+        let suspect_runs = running().any(|e| e.row.starts > 1);
+        let unproven_runs = running().any(|e| e.row.starts > 0);
+        let waiting = jobs.values_mut().filter(|e| e.row.state == JobState::Queued);
+        let entry = waiting.min_by_key(|e| (e.row.starts == 0, e.row.created_at))?;
+        let suspect = entry.row.starts > 0;
+        if full || suspect_runs || (suspect && unproven_runs) {
+            return None;
+        }
+        entry.row.state = JobState::Running;
+        entry.row.starts += 1;
+        entry.change();
+        Some((entry.row.id.as_str().into(), Arc::clone(&entry.spec)))
+    }
+
     fn order(&self, id: &str, spec: &Spec) -> Result<Order> {
-        let (base, progress) = {
+        let (base, progress, starts) = {
             let jobs = self.lock();
             let entry = jobs.get(id).ok_or_else(|| unknown(id))?;
-            (entry.row.base.clone(), entry.row.progress.clone())
+            (entry.row.base.clone(), entry.row.progress.clone(), entry.row.starts)
         };
+        if starts > MOST_STARTS {
+            let text = format!(
+                "{MOST_STARTS} times the server's process ended while this job ran, and the job never got further; the \
+                 machine's memory may be too small for it (training.activation_mib, settings.recomputation)"
+            );
+            return Err(Error::precondition(text));
+        }
         if base != self.base.name() {
             let ours = self.base.name();
             return Err(Error::precondition(format!("the job was made for base {base}, this server has {ours}")));
         }
-        let data = dataset::parse(&self.journal().data(id)?, usize::MAX)?;
+        let text = {
+            let mut journal = self.journal();
+            // A full disk does not keep a job from running: its first checkpoint will say so.
+            if let Err(e) = journal.begin(id) {
+                tracing::warn!(job = id, "a start is not counted: {e}");
+            }
+            journal.data(id)?
+        };
+        let data = dataset::parse(&text, usize::MAX)?;
         let (plan, _) = self.plan(spec, &data)?;
         let bytes = self.journal().checkpoint(id)?;
         Ok(Order::Start(id.into(), Arc::new(plan), progress.zip(bytes)))

@@ -6,7 +6,7 @@ use crate::training::dataset::{Encoder, Record};
 use crate::training::init;
 use crate::training::job::Placement;
 use crate::training::run::{Plan, shuffle};
-use crate::training::settings::{Init, Settings, TrainMethod};
+use crate::training::settings::{Init, Recompute, Settings, TrainMethod};
 use crate::training::step::Example;
 use std::collections::HashSet;
 
@@ -107,7 +107,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Refuses a batch that memory could not hold even with every layer computed again.
+    /// Refuses a batch that memory could not hold even with every layer computed again, and one that wants none computed
+    /// again where that would not fit.
     pub(super) fn check_memory(&self, plan: &Plan) -> Result<()> {
         let size = plan.settings.batch_size;
         let longest = |examples: &[Example], n: usize| -> usize {
@@ -116,13 +117,24 @@ impl Inner {
             lengths.iter().cycle().take(n).sum()
         };
         // Batches go round and round: a small dataset fills a large batch with copies. An evaluation goes through once.
-        let rows = longest(&plan.train, size).max(longest(&plan.evaluation, size.min(plan.evaluation.len())));
-        let bytes = rows.saturating_mul(self.base.row_bytes);
-        if bytes > self.limits.batch_bytes {
-            let (mib, limit) = (bytes >> 20, self.limits.batch_bytes >> 20);
+        let trained = longest(&plan.train, size);
+        let rows = trained.max(longest(&plan.evaluation, size.min(plan.evaluation.len())));
+        let layer = rows.saturating_mul(self.base.row_bytes);
+        if layer > self.limits.batch_bytes {
+            let (mib, limit) = (layer >> 20, self.limits.batch_bytes >> 20);
             let text = format!(
                 "`settings.batch_size` is {size}: the longest examples make {rows} rows, a layer of which takes {mib} MiB, \
                  at most {limit} (training.batch_mib); take a smaller one and `accumulation_steps`"
+            );
+            return Err(Error::exhausted(text, None));
+        }
+        let rows = trained + plan.settings.num_virtual_tokens;
+        let layers = rows.saturating_mul(self.base.row_bytes).saturating_mul(self.base.info.num_layers);
+        if plan.settings.recompute == Recompute::Never && layers > self.limits.activation_bytes {
+            let (mib, limit) = (layers >> 20, self.limits.activation_bytes >> 20);
+            let text = format!(
+                "`settings.recomputation` is NEVER: what all layers keep of {rows} rows takes {mib} MiB, at most {limit} \
+                 (training.activation_mib); take AUTO, or a smaller `batch_size` and `accumulation_steps`"
             );
             return Err(Error::exhausted(text, None));
         }
