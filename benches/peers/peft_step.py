@@ -6,12 +6,12 @@ usage: peft_step.py --model FOLDER [--dtype f32|bf16] [--method prefix_tuning|pr
 
 FOLDER is a Hugging Face folder, its weights may be random. Without one a Qwen2 of the given shape gets random weights.
 A step: forward and backward of one batch of random tokens, all of them labelled, clipping to norm 1, AdamW. Prints one
-JSON line; peak_rss_mib is that of the whole process and so holds the interpreter, the libraries and the loading too
-(before_steps_mib: the peak when the first step begins). One method a process, or the peak is that of the larger one.
+JSON line; peak_rss_mib is that of the whole process from the first step on, and so holds the interpreter and the libraries too
+(before_steps_mib: what is resident when the first step begins). One method a process, or the peak is that of the larger one.
 
 Needs: torch, transformers 5, peft 0.21, Linux.
 """
-import argparse, json, os, pathlib, resource, statistics, sys, time, warnings
+import argparse, json, os, pathlib, statistics, sys, time, warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,7 +37,7 @@ transformers.logging.set_verbosity_error()
 torch.set_num_threads(a.threads)
 torch.manual_seed(0)
 dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
-peak = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+resident = lambda what: int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) // 1024
 
 start = time.time()
 if a.model:
@@ -67,8 +67,9 @@ except ValueError as e:
 pm.train()
 weights = [t for t in pm.parameters() if t.requires_grad]
 optimizer = torch.optim.AdamW(weights, lr=a.lr)
-result.update(adapter_dtype=str(weights[0].dtype).removeprefix("torch."), trainable=sum(t.numel() for t in weights), load_s=round(time.time() - start, 2), before_steps_mib=peak(),
+result.update(adapter_dtype=str(weights[0].dtype).removeprefix("torch."), trainable=sum(t.numel() for t in weights), load_s=round(time.time() - start, 2), before_steps_mib=resident("VmRSS"),
               load_average=round(os.getloadavg()[0], 2))
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 g, seconds, cpu, losses = torch.Generator().manual_seed(1), [], [], []
 for _ in range(a.warmup + a.steps):
     ids = torch.randint(1, model.config.vocab_size - 4, (a.batch, a.tokens), generator=g)
@@ -86,5 +87,5 @@ for _ in range(a.warmup + a.steps):
 counted = seconds[a.warmup:]
 result.update(step_s=statistics.median(counted), step_min_s=min(counted), tokens_per_s=round(a.batch * a.tokens / statistics.median(counted), 1),
               step_cpu_s=statistics.median(cpu[a.warmup:]), seconds=seconds, warmup=a.warmup, losses=losses,
-              peak_rss_mib=peak(), load_average_end=round(os.getloadavg()[0], 2))
+              peak_rss_mib=resident("VmHWM"), load_average_end=round(os.getloadavg()[0], 2))
 print(json.dumps(result))

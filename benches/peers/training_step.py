@@ -5,7 +5,8 @@ usage: training_step.py MODEL [--prefixd PATH] [--python PYTHON] [--dtype f32|bf
 
 Batches of 4 sequences of about 128 tokens, 32 virtual tokens; every token a target, or with --labelled about the last N. PYTHON is one that has torch, transformers
 and PEFT (peft_step.py). Each side runs alone, one after the other, three times in turn; medians and their ratio are printed as a
-JSON line. prefixd's time is that of its batches, as its job reports it; peak memory is that of the whole process.
+JSON line. prefixd's time is that of its batches, as its job reports it; peak memory is that of the whole process from the first step on, weights
+included, and what was resident before it stands beside it: loading maps the checkpoint's files, on both sides.
 """
 import argparse, json, os, pathlib, random, socket, statistics, subprocess, tempfile, time
 
@@ -25,8 +26,13 @@ def free_port():
         return s.getsockname()[1]
 
 
+def resident(pid, what):
+    """MiB of a process: VmRSS now, VmHWM at most."""
+    return int(next(l for l in open(f"/proc/{pid}/status") if l.startswith(what)).split()[1]) // 1024
+
+
 def ours(folder):
-    """Seconds of each step, tokens of a step, peak MiB."""
+    """Tokens a second, MiB at most in training and before it."""
     address = f"127.0.0.1:{free_port()}"
     server = subprocess.Popen([a.prefixd, "serve", "--model", a.model, "--dtype", a.dtype, "--adapters", folder / "store", "--listen", address,
                                "--kv-tokens", "1024"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -51,6 +57,8 @@ def ours(folder):
         target = words_of(a.labelled or TOKENS)
         data = folder / "data.jsonl"
         data.write_text("".join(json.dumps({"input": text(told) if told else "a", "target": text(target)}) + "\n" for _ in range(16)))
+        before = resident(server.pid, "VmRSS")
+        pathlib.Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the peak counts from here
         done = ask("train", data, "--adapter", "x", "--replace", "--method", a.method, "--init", "vocabulary", "--virtual-tokens", VIRTUAL,
                    "--steps", a.steps + 1, "--batch-size", BATCH, "--recompute", a.recompute, "--append-eos", "false",
                    "--curve", folder / "c.svg", "--no-load")
@@ -60,8 +68,7 @@ def ours(folder):
         if a.method == "prompt":
             # It counts the rows of the prompt, which run once for all sequences; PEFT's figure has those of the examples alone.
             rate *= BATCH * TOKENS / (BATCH * TOKENS + VIRTUAL)
-        peak = int(next(l for l in open(f"/proc/{server.pid}/status") if l.startswith("VmHWM")).split()[1]) // 1024
-        return rate, peak
+        return rate, resident(server.pid, "VmHWM"), before
     finally:
         server.terminate()
         server.wait()
@@ -75,7 +82,7 @@ def theirs():
     if done.returncode:
         raise SystemExit(done.stderr or done.stdout)
     r = json.loads(done.stdout.splitlines()[-1])
-    return r["tokens_per_s"], r["peak_rss_mib"]
+    return r["tokens_per_s"], r["peak_rss_mib"], r["before_steps_mib"]
 
 
 rates = {"prefixd": [], "peft": []}
@@ -83,7 +90,8 @@ for _ in range(a.rounds):
     with tempfile.TemporaryDirectory() as folder:
         rates["prefixd"].append(ours(pathlib.Path(folder)))
     rates["peft"].append(theirs())
-median = {side: statistics.median(r for r, _ in runs) for side, runs in rates.items()}
-peak = {side: max(m for _, m in runs) for side, runs in rates.items()}
-print(json.dumps(dict(model=a.model.name, dtype=a.dtype, method=a.method, recompute=a.recompute, labelled=a.labelled or TOKENS, tokens_per_s=median, peak_mib=peak,
+median = {side: statistics.median(r for r, *_ in runs) for side, runs in rates.items()}
+peak = {side: max(m for _, m, _ in runs) for side, runs in rates.items()}
+before = {side: max(m for *_, m in runs) for side, runs in rates.items()}
+print(json.dumps(dict(model=a.model.name, dtype=a.dtype, method=a.method, recompute=a.recompute, labelled=a.labelled or TOKENS, tokens_per_s=median, peak_mib=peak, before_mib=before,
                       step_time_ratio=round(median["peft"] / median["prefixd"], 3), peak_ratio=round(peak["prefixd"] / peak["peft"], 3), runs=rates)))
