@@ -27,6 +27,7 @@ use crate::rpc::admission::{self, Admission};
 use crate::rpc::drain::Drain;
 use crate::rpc::{self, Services, adapters::Adapters, inference::Inference, proto, server_info::ServerInfo};
 use crate::telemetry;
+use crate::training::jobs::Jobs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -77,9 +78,35 @@ pub struct Server {
     drain: Drain,
     loaded: LoadedAll,
     /// Last to go but for the folder: requests that outlive the drain get UNAVAILABLE.
-    engine: Engine,
+    work: Work,
     /// The shipped adapters' folder, gone with the server.
     _shipped: Option<TempDir>,
+}
+
+/// The engine, and the jobs that train on its thread. Dropped in that order, and with a wait for either.
+struct Work {
+    engine: Engine,
+    jobs: Ending,
+}
+
+/// Waits at its end until the jobs are on disk.
+struct Ending(Option<Jobs>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Some(jobs) = &self.jobs.0 {
+            jobs.stop();
+        }
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // The trainer went with the engine; what it said last is to be on disk.
+        if self.0.as_ref().is_some_and(|jobs| !jobs.stopped(JOBS_STOP)) {
+            tracing::warn!("training jobs: not everything is on disk; they go on from an earlier checkpoint");
+        }
+    }
 }
 
 /// Starts a server and serves on `listener` until `shutdown` is ready, then drains.
@@ -146,6 +173,7 @@ impl Server {
             blocking::run("start", move || training::service(bench, &config, loader, inference, drain)).await?
         };
         let (uploads, jobs) = (Default::default(), training.jobs.clone().ok());
+        let work = Work { engine, jobs: Ending(jobs.clone()) };
         let services = Services {
             inference,
             training,
@@ -159,7 +187,7 @@ impl Server {
             seconds = started.elapsed().as_secs_f64(),
             "started"
         );
-        Ok(Server { config, services, loader, drain, loaded, engine, _shipped: shipped })
+        Ok(Server { config, services, loader, drain, loaded, work, _shipped: shipped })
     }
 
     /// The model, the limits and the version, as `GetServerInfo` gives them.
@@ -188,8 +216,7 @@ impl Server {
     /// # Errors
     /// `Internal` when the listener fails or the engine has ended.
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
-        let Server { config, services, loader, drain, engine, _shipped, .. } = self;
-        let jobs = services.training.jobs.clone();
+        let Server { config, services, loader, drain, work, _shipped, .. } = self;
         let (health, health_service) = tonic_health::server::health_reporter();
         for name in Services::NAMES {
             health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
@@ -205,10 +232,10 @@ impl Server {
             .add_service(reflection().build_v1().or_kind(Kind::Internal, "reflection")?)
             .add_service(reflection().build_v1alpha().or_kind(Kind::Internal, "reflection")?);
         let _watching = if config.watch { Some(watching::start(loader.clone())?) } else { None };
-        let _gauges = gauges::start(engine.handle(), Arc::clone(loader.registry()));
+        let _gauges = gauges::start(work.engine.handle(), Arc::clone(loader.registry()));
 
         let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-        let running = engine.handle();
+        let running = work.engine.handle();
         let stop = async {
             tokio::select! {
                 () = shutdown => {}
@@ -220,11 +247,7 @@ impl Server {
         let lost = running.has_ended();
         // Joins a thread: not for the runtime's own.
         blocking::run("stop", move || {
-            drop(engine);
-            // With it the trainer went; what it said last is to be on disk.
-            if jobs.is_ok_and(|jobs| !jobs.stopped(JOBS_STOP)) {
-                tracing::warn!("training jobs: not everything is on disk; they go on from an earlier checkpoint");
-            }
+            drop(work);
             Ok(())
         })
         .await?;

@@ -1,6 +1,7 @@
 //! The jobs of a server: what a client sees of them, and what survives the process.
 //!
-//! One thread, the `clerk`, hears the trainer, writes the journal and publishes results; the handle answers from memory.
+//! One thread, the `clerk`, hears the trainer, writes the journal and publishes results; the handle answers from memory, but
+//! for reports that are on disk.
 mod clerk;
 mod prepare;
 mod status;
@@ -19,7 +20,8 @@ use crate::model::ModelInfo;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
@@ -105,8 +107,10 @@ struct Inner {
     clerk: Mutex<Sender<Event>>,
     /// Tells the thread that trains to look at its orders.
     wake: Box<dyn Fn() + Send + Sync>,
-    /// Its other end is the clerk's.
-    at_work: Mutex<Receiver<()>>,
+    /// The server stops: no job begins any more.
+    stopping: AtomicBool,
+    /// The clerk says so at its end.
+    stopped: Mutex<Receiver<()>>,
 }
 
 struct Entry {
@@ -161,7 +165,7 @@ impl Jobs {
             }
             jobs.insert(JobId::from(id), entry);
         }
-        let (there, at_work) = channel();
+        let (there, stopped) = channel();
         let inner = Arc::new(Inner {
             base,
             limits,
@@ -170,14 +174,16 @@ impl Jobs {
             orders: Mutex::new(orders),
             clerk: Mutex::new(clerk),
             wake,
-            at_work: Mutex::new(at_work),
+            stopping: AtomicBool::new(false),
+            stopped: Mutex::new(stopped),
         });
         let work = Arc::clone(&inner);
         let thread = std::thread::Builder::new().name("prefixd-jobs".into());
         let clerk = move || {
-            // Dropped with the thread.
-            let _there = there;
             work.listen(&events, &publish);
+            drop(work);
+            // Nobody may wait for it.
+            let _ = there.send(());
         };
         thread.spawn(clerk).map_err(|e| Error::internal(format!("jobs: {e}")))?;
         inner.look();
@@ -243,10 +249,15 @@ impl Jobs {
         Ok(status)
     }
 
-    /// Waits until everything is on disk, once the trainer is gone; false if that takes longer than `most`. Blocks.
+    /// Begins no job any more: the server is about to stop.
+    pub fn stop(&self) {
+        self.inner.stopping.store(true, Relaxed);
+    }
+
+    /// Waits until the clerk has written what the trainer said, which is gone; false if that takes longer than `most`, or has failed.
+    /// Blocks.
     pub fn stopped(&self, most: Duration) -> bool {
-        let at_work = self.inner.at_work.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(at_work.recv_timeout(most), Err(RecvTimeoutError::Disconnected))
+        self.inner.stopped.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(most).is_ok()
     }
 
     /// One job.
@@ -376,8 +387,10 @@ impl Inner {
             let surplus = ended.len().saturating_sub(self.limits.kept.saturating_sub(1));
             ended.into_iter().take(surplus).map(|e| e.row.id.clone()).collect()
         };
+        // Held, so that nothing is written of a job that is deleted.
+        let mut journal = self.journal();
         for id in old {
-            self.journal().delete(&id)?;
+            journal.delete(&id)?;
             self.lock().remove(id.as_str());
         }
         Ok(())

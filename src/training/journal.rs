@@ -10,6 +10,9 @@ use std::time::Duration;
 /// The file's layout; a later one is refused.
 const VERSION: i64 = 2;
 
+/// Of a checkpoint: SQLite takes no larger value, and keeps some bytes of it for itself.
+pub const MOST_BYTES: usize = 999_000_000;
+
 /// What changes often is apart from what is large: SQLite writes a row whole.
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS jobs (
@@ -86,7 +89,8 @@ impl Journal {
     /// Opens or makes the file. Only one process may have it open.
     ///
     /// # Errors
-    /// `FailedPrecondition` where another process has it, or for a file of a later version; `Internal` for the disk.
+    /// `FailedPrecondition` where another process has it, or for a file of a later version; `ResourceExhausted` for a full disk, `Internal`
+    /// for what else it says.
     pub fn open(path: &Path) -> Result<Self> {
         let at = |e: rusqlite::Error| fault(e).context(path.display());
         let db = Connection::open(path).map_err(at)?;
@@ -203,9 +207,9 @@ impl Journal {
         Ok(())
     }
 
-    /// No job has ended this process.
-    pub fn stopped(&mut self) -> Result<()> {
-        self.db.execute("UPDATE jobs SET starts = 0 WHERE starts > 0", []).map_err(fault)?;
+    /// The process that began a job ends, and not by it.
+    pub fn forgive(&mut self, id: &str) -> Result<()> {
+        self.db.execute("UPDATE jobs SET starts = starts - 1 WHERE id = ? AND starts > 0", [id]).map_err(fault)?;
         Ok(())
     }
 

@@ -41,9 +41,9 @@ pub enum Event {
     Failed(JobId, Error),
     /// Not the trainer's: there may be a job to start.
     Look,
-    /// The trainer is gone: because the server stops, or with a thread or a GPU that failed.
+    /// The trainer is gone.
     Stopped {
-        /// The server stops.
+        /// Not with a thread that panicked, and not while jobs whose shared batch failed wait to be told apart.
         orderly: bool,
     },
 }
@@ -76,12 +76,14 @@ pub struct Trainer {
 
 struct Under {
     run: Run,
+    /// When and where it was written down last, or began.
     saved: Instant,
-    /// How long after that the next checkpoint is due.
+    at: Progress,
+    /// How long after that the next checkpoint is due, if it has got further.
     due: Duration,
 }
 
-/// The first checkpoint of a process comes after that time at most: others may wait for a sign that the job does no harm.
+/// The first checkpoint of a process is due after that time: others may wait for a sign that the job does no harm.
 const FIRST_CHECKPOINT: Duration = Duration::from_secs(10);
 
 struct Batch {
@@ -115,7 +117,8 @@ impl Trainer {
                                 self.tell(Event::Finished(id, Box::new(run)));
                             } else {
                                 let due = self.bounds.checkpoint_every.min(FIRST_CHECKPOINT);
-                                self.runs.insert(id, Under { run, saved: Instant::now(), due });
+                                let at = run.progress().clone();
+                                self.runs.insert(id, Under { run, saved: Instant::now(), at, due });
                             }
                         }
                         Err(e) => self.tell(Event::Failed(id, e)),
@@ -157,7 +160,7 @@ impl Trainer {
         if !std::mem::replace(&mut self.holding, true) {
             memory::hold();
         }
-        // Layers. By itself, a job that wants all of them kept was let in because they fit.
+        // Layers. A job that wants all of them kept was let in because they fit, where it runs by itself.
         let fit = self.bounds.activation_bytes / (rows * model.activation_bytes_per_row()).max(1);
         let keep = if recompute { 0 } else { fit };
         self.last.clone_from(&jobs);
@@ -203,11 +206,12 @@ impl Trainer {
             }
             return;
         }
-        if under.saved.elapsed() >= under.due {
+        let progress = under.run.progress().clone();
+        if under.saved.elapsed() >= under.due && progress != under.at {
             (under.saved, under.due) = (Instant::now(), self.bounds.checkpoint_every);
+            under.at = progress.clone();
             match guarded(|| under.run.save()) {
                 Ok(bytes) => {
-                    let progress = under.run.progress().clone();
                     self.tell(Event::Checkpoint(id, progress, bytes));
                 }
                 Err(e) => self.fail(id, e),

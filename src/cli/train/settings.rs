@@ -146,7 +146,7 @@ enum Recompute {
     /// Kept as far as memory goes.
     #[default]
     Auto,
-    /// Kept.
+    /// Kept; refused where they do not fit.
     Never,
     /// Computed again.
     Always,

@@ -6,6 +6,7 @@ use crate::training::export::export;
 use crate::training::journal::Change;
 use crate::training::run::{Progress, Run};
 use crate::training::trainer::{Event, JobId, Order};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 
@@ -13,7 +14,7 @@ use std::sync::{Arc, PoisonError};
 const MOST_STARTS: u32 = 5;
 
 impl Inner {
-    /// The clerk's loop, until the trainer is gone and the handles are.
+    /// The clerk's loop, until the trainer is gone.
     pub(super) fn listen(&self, events: &Receiver<Event>, publish: &Publish) {
         while let Ok(event) = events.recv() {
             match event {
@@ -41,12 +42,25 @@ impl Inner {
                     self.start_next();
                 }
                 Event::Stopped { orderly } => {
-                    // That is no job's fault.
-                    if let Err(e) = if orderly { self.journal().stopped() } else { Ok(()) } {
-                        tracing::warn!("{e}");
+                    if orderly {
+                        self.forgive();
                     }
                     return;
                 }
+            }
+        }
+    }
+
+    /// That the process ends is the fault of no job that it began.
+    fn forgive(&self) {
+        let begun: Vec<JobId> = {
+            let jobs = self.lock();
+            let begun = jobs.iter().filter(|(_, e)| e.row.state == JobState::Running && e.row.starts > 0);
+            begun.map(|(id, _)| id.clone()).collect()
+        };
+        for id in begun {
+            if let Err(e) = self.journal().forgive(&id) {
+                tracing::warn!(job = &*id, "{e}");
             }
         }
     }
@@ -145,8 +159,10 @@ impl Inner {
         };
         match publish() {
             Ok(generation) => self.end(id, JobState::Succeeded, "", generation),
-            // The server stops: the next one publishes it.
-            Err(e) if e.kind() == Kind::Unavailable => tracing::info!(job = id, "not published yet: {e}"),
+            // The next server publishes it.
+            Err(e) if self.stopping.load(Relaxed) || e.kind() == Kind::Unavailable => {
+                tracing::info!(job = id, "not published yet: {e}");
+            }
             Err(e) => self.end(id, JobState::Failed, &e.context("publishing").to_string(), 0),
         }
     }
@@ -179,8 +195,11 @@ impl Inner {
     /// The next job to run, if one may begin now; it counts as running.
     ///
     /// A job that a process began before, and that got no further, may be what ended that process. It begins when all
-    /// others have got further, and others begin when it has: so if it ends the process again, it alone is counted.
+    /// that run have got further, and others begin when it has: so if it ends the process again, it alone is counted.
     fn pick(&self) -> Option<(JobId, Arc<Spec>)> {
+        if self.stopping.load(Relaxed) {
+            return None;
+        }
         let mut jobs = self.lock();
         let running = || jobs.values().filter(|e| e.row.state == JobState::Running);
         let full = running().count() >= self.limits.running;

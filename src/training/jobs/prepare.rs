@@ -5,6 +5,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::training::dataset::{Encoder, Record};
 use crate::training::init;
 use crate::training::job::Placement;
+use crate::training::journal::MOST_BYTES;
 use crate::training::run::{Plan, shuffle};
 use crate::training::settings::{Init, Recompute, Settings, TrainMethod};
 use crate::training::step::Example;
@@ -95,12 +96,23 @@ impl Inner {
     /// Refuses weights that memory could not hold.
     pub(super) fn check_weights(&self, settings: &Settings) -> Result<()> {
         // Each with its gradient and two moments, the best so far, and a checkpoint.
-        let bytes = init::size(&self.base.info, settings).saturating_mul(6 * size_of::<f32>());
+        let weights = init::size(&self.base.info, settings).saturating_mul(size_of::<f32>());
+        let bytes = weights.saturating_mul(6);
         if bytes > self.limits.weight_bytes {
             let (mib, limit) = (bytes >> 20, self.limits.weight_bytes >> 20);
             let text = format!(
                 "the weights that `settings` ask for take {mib} MiB with what the optimiser keeps, at most {limit} \
                  (training.weights_mib): look at `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
+            );
+            return Err(Error::exhausted(text, None));
+        }
+        // With two moments, and the best of this start and of all.
+        let checkpoint = weights.saturating_mul(5);
+        if checkpoint > MOST_BYTES {
+            let (mib, limit) = (checkpoint >> 20, MOST_BYTES >> 20);
+            let text = format!(
+                "a checkpoint of the weights that `settings` ask for takes {mib} MiB, at most {limit} can be written: look at \
+                 `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
             );
             return Err(Error::exhausted(text, None));
         }
@@ -111,14 +123,17 @@ impl Inner {
     /// again where that would not fit.
     pub(super) fn check_memory(&self, plan: &Plan) -> Result<()> {
         let size = plan.settings.batch_size;
-        let longest = |examples: &[Example], n: usize| -> usize {
+        // Of `size` examples at most, each of which comes up to so many times.
+        let longest = |examples: &[Example], times: usize| -> usize {
             let mut lengths: Vec<usize> = examples.iter().map(|e| e.rows.len()).collect();
             lengths.sort_unstable_by(|a, b| b.cmp(a));
-            lengths.iter().cycle().take(n).sum()
+            lengths.into_iter().flat_map(|length| std::iter::repeat_n(length, times)).take(size).sum()
         };
-        // Batches go round and round: a small dataset fills a large batch with copies. An evaluation goes through once.
-        let trained = longest(&plan.train, size);
-        let rows = trained.max(longest(&plan.evaluation, size.min(plan.evaluation.len())));
+        // A batch goes on where the last one ended, into the next epochs: one that is drawn may begin with what the last one ended with.
+        let n = plan.train.len().max(1);
+        let drawn = size > 1 && !plan.settings.keep_order;
+        let trained = longest(&plan.train, if drawn { (size - 2) / n + 2 } else { size.div_ceil(n) });
+        let rows = trained.max(longest(&plan.evaluation, 1));
         let layer = rows.saturating_mul(self.base.row_bytes);
         if layer > self.limits.batch_bytes {
             let (mib, limit) = (layer >> 20, self.limits.batch_bytes >> 20);

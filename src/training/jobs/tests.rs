@@ -151,16 +151,11 @@ fn a_full_disk_ends_the_job_that_meets_it() {
     assert!(cancelled, "the trainer is told");
     desk.checkpoint(&small, 3, 1000);
     desk.clerk.send(Event::Stopped { orderly: true }).unwrap();
-    assert_eq!(desk.until(&small, JobState::Running).error, "");
+    assert!(desk.jobs.stopped(Duration::from_secs(60)));
+    assert_eq!(desk.jobs.get(&small).unwrap().state, JobState::Running);
     // What is on disk after all: the reason of the one, the checkpoint of the other.
-    let journal = loop {
-        let journal = desk.jobs.inner.journal();
-        if journal.checkpoint(&small).unwrap().is_some() {
-            break journal;
-        }
-        drop(journal);
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let journal = desk.jobs.inner.journal();
+    assert!(journal.checkpoint(&small).unwrap().is_some());
     let rows = journal.jobs().unwrap();
     let of = |id: &str| rows.iter().find(|row| row.id == id).unwrap();
     assert!(of(&large).state == JobState::Failed && of(&large).error.contains("full"));
@@ -194,7 +189,9 @@ fn a_full_disk_refuses_a_new_job() {
 fn a_full_disk_at_the_end_is_said() {
     let (model, dir) = (model(), tempfile::tempdir().unwrap());
     let Desk { jobs, orders, clerk } = Desk::new(&model, dir.path());
-    let id = jobs.create(job("trained")).unwrap().id;
+    // One step: no checkpoint comes before the end.
+    let short = NewJob { settings: Settings { max_steps: 1, ..Settings::default() }, ..job("trained") };
+    let id = jobs.create(short).unwrap().id;
     jobs.inner.journal().limit_pages(1);
     let mut trainer = Trainer::new(orders, clerk.clone(), bounds());
     while !jobs.get(&id).unwrap().state.ended() {
@@ -215,6 +212,29 @@ fn a_batch_that_does_not_fit_into_memory_is_refused() {
     assert_eq!(e.kind(), Kind::ResourceExhausted, "{e}");
     assert!(e.to_string().contains("batch_size"), "{e}");
     assert!(desk.jobs.list().is_empty());
+}
+
+/// A batch that goes on into the next epoch may hold the longest example twice, unless the order is the data's.
+#[test]
+fn the_largest_batch_is_that_of_two_epochs() {
+    let model = model();
+    let create = |most_rows: usize, keep_order: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits { batch_bytes: most_rows * model.activation_bytes_per_row(), ..LIMITS };
+        let desk = Desk::open(&model, dir.path(), limits, Box::new(|_| panic!("nothing is published here")));
+        let mut long = job("long");
+        (long.settings.batch_size, long.settings.keep_order) = (12, keep_order);
+        long.data[3].target = Some("we meet ".repeat(40));
+        desk.jobs.create(long)
+    };
+    let rows = |keep_order: bool| -> usize {
+        let text = create(0, keep_order).unwrap_err().to_string();
+        text.split(" rows").next().unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let (once, twice) = (rows(true), rows(false));
+    assert!(twice > once + 60, "{once} {twice}");
+    create(twice, false).unwrap();
+    create(twice - 1, false).unwrap_err();
 }
 
 /// Killed when the adapter was on its way into the store: the next process publishes the same files, and trains nothing.
@@ -421,6 +441,45 @@ fn an_orderly_stop_blames_no_job() {
         desk.clerk.send(Event::Stopped { orderly }).unwrap();
         assert!(desk.jobs.stopped(Duration::from_secs(60)), "it is gone");
         assert_eq!(desk.jobs.inner.journal().jobs().unwrap()[0].starts, starts);
+    }
+}
+
+/// Four processes that a job has ended are not forgotten for one that stops in order; a job that waits keeps its count.
+#[test]
+fn an_orderly_stop_forgives_its_own_start() {
+    let (model, dir) = (model(), tempfile::tempdir().unwrap());
+    let desk = Desk::new(&model, dir.path());
+    let ids = [desk.jobs.create(job("runs")).unwrap().id, desk.jobs.create(job("waits")).unwrap().id];
+    assert_eq!([desk.started(), desk.started()], ids);
+    desk.settled(&ids[0]);
+    let left = desk.left_by_a_kill(dir.path());
+    let desk = Desk::new(&model, left.path());
+    assert_eq!(desk.started(), ids[0]);
+    desk.settled(&ids[0]);
+    desk.jobs.stop();
+    desk.clerk.send(Event::Look).unwrap();
+    desk.clerk.send(Event::Stopped { orderly: true }).unwrap();
+    assert!(desk.jobs.stopped(Duration::from_secs(60)));
+    let rows = desk.jobs.inner.journal().jobs().unwrap();
+    assert_eq!(rows.iter().map(|row| row.starts).collect::<Vec<_>>(), [1, 1]);
+}
+
+/// A cancellation beside a checkpoint that is under way is the last word on disk.
+#[test]
+fn a_checkpoint_does_not_undo_a_cancellation() {
+    let (model, dir) = (model(), tempfile::tempdir().unwrap());
+    let desk = Desk::new(&model, dir.path());
+    let witness = desk.jobs.create(job("witness")).unwrap().id;
+    for step in 0..60 {
+        let id = desk.jobs.create(job("brief")).unwrap().id;
+        desk.settled(&witness);
+        desk.checkpoint(&id, step, 200_000);
+        std::thread::sleep(Duration::from_micros(step as u64 * 20));
+        desk.jobs.cancel(&id).unwrap();
+        desk.settled(&witness);
+        let rows = desk.jobs.inner.journal().jobs().unwrap();
+        let row = rows.iter().find(|row| row.id == *id).unwrap();
+        assert!(row.state == JobState::Cancelled && row.ended_at.is_some(), "{:?}", row.state);
     }
 }
 

@@ -258,6 +258,21 @@ async fn the_best_of_several_restarts_is_the_result() {
     }
 }
 
+/// Who comes late is told of every step, from the disk, a thousand at a time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_watcher_hears_of_every_step() {
+    let served = server(None, TrainingConfig::default()).await;
+    let mut client = client(&served).await;
+    let mut request = job("long", 1100);
+    let settings = request.settings.as_mut().unwrap();
+    (settings.batch_size, settings.num_virtual_tokens) = (Some(1), Some(1));
+    request.evaluation_data = inline(examples(1));
+    let (steps, evaluations, job) = trained(&mut client, request).await;
+    assert_eq!((steps.len(), evaluations.len(), job.step), (1100, 1, 1100));
+    let (again, evaluated, ended) = follow(&mut client, &job.job_id).await;
+    assert!(again == steps && evaluated == evaluations && ended.state() == TrainingJobState::Succeeded);
+}
+
 /// A head's classes are the data's targets, and it answers Classify and Evaluate.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_is_trained_and_classifies() {
