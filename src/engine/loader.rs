@@ -84,6 +84,11 @@ impl AdapterLoader {
         AdapterLoader { inner: Arc::new(Inner { parts, loads, naming: Mutex::default(), known: DashMap::new() }) }
     }
 
+    /// Whether there is an adapter of that id, on disk or in service.
+    pub fn holds(&self, id: &AdapterId) -> bool {
+        self.store().contains(id) || self.registry().resolve(id).is_ok()
+    }
+
     /// The adapters in service.
     pub fn registry(&self) -> &Arc<Registry> {
         &self.inner.parts.registry

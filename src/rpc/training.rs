@@ -177,9 +177,7 @@ impl Training {
     async fn created(&self, message: proto::CreateTrainingJobRequest) -> Result<JobStatus> {
         let jobs = self.jobs()?.clone();
         let adapter_id = AdapterId::parse(&message.adapter_id)?;
-        if !message.replace
-            && (self.loader.store().contains(&adapter_id) || self.loader.registry().resolve(&adapter_id).is_ok())
-        {
+        if !message.replace && self.loader.holds(&adapter_id) {
             let text = format!("adapter `{adapter_id}` exists; set `replace` to replace it");
             return Err(Error::new(Kind::AlreadyExists, text));
         }

@@ -87,7 +87,7 @@ async fn next(parts: &mut Streaming<proto::UploadAdapterRequest>) -> Result<Opti
 /// Whether an adapter of that id replaces nothing, and nothing replaces it.
 fn free(loader: &AdapterLoader, jobs: Option<&Jobs>, id: &AdapterId) -> Result<()> {
     let taken = |message: String| Err(Error::new(Kind::AlreadyExists, message));
-    if loader.store().contains(id) || loader.registry().resolve(id).is_ok() {
+    if loader.holds(id) {
         return taken(format!("adapter `{id}` exists; set `header.replace` to replace it"));
     }
     match jobs.and_then(|jobs| jobs.making(id)) {

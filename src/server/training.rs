@@ -35,14 +35,7 @@ pub(super) fn bench(model: &Model, config: &TrainingConfig) -> (Bench, Guest) {
     // What is kept, a layer of the largest batch, and the inputs of all layers, which are no more than that.
     let device_bytes = bounds.activation_bytes.saturating_add(config.batch_mib.saturating_mul(2 << 20));
     let trainer = Trainer::new(inbox, events.0.clone(), bounds);
-    let base = Base {
-        shape: model.shape(),
-        info: model.info().clone(),
-        tokenizer: model.tokenizer().clone(),
-        chat_template: model.chat_template().clone(),
-        eos: model.eos_token_ids().first().copied(),
-        row_bytes: model.activation_bytes_per_row(),
-    };
+    let base = Base::of(model);
     (Bench { base, orders, events }, Guest { work: Box::new(trainer), share: config.share, device_bytes })
 }
 

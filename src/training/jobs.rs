@@ -2,10 +2,12 @@
 //!
 //! One thread, the `clerk`, hears the trainer, writes the journal and publishes results; the handle answers from memory, but
 //! for reports that are on disk.
+mod base;
 mod clerk;
 mod prepare;
 mod status;
 
+pub use base::Base;
 pub use status::{JobState, JobStatus, NewJob, Spec};
 
 use super::dataset;
@@ -13,12 +15,9 @@ use super::journal::{Journal, Row};
 use super::run::{Happened, Report};
 use super::settings::{MOST_TASKS, TrainMethod};
 use super::trainer::{Event, JobId, Order};
+use crate::adapter::AdapterId;
 use crate::adapter::peft::SavedAdapter;
-use crate::adapter::{AdapterId, BaseShape};
 use crate::error::{Context, Error, Kind, Result};
-use crate::model::ModelInfo;
-use crate::tokenizer::Tokenizer;
-use crate::tokenizer::chat::ChatTemplate;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -42,22 +41,6 @@ pub struct Trained {
 
 /// Puts a finished adapter into the store and, if asked, in service; returns its generation, 0 if not in service. Blocks.
 pub type Publish = Box<dyn Fn(Trained) -> Result<u64> + Send>;
-
-/// The base that jobs train on.
-pub struct Base {
-    /// What adapters must agree with.
-    pub shape: BaseShape,
-    /// Its facts.
-    pub info: ModelInfo,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
-    /// How it words conversations; else why it cannot.
-    pub chat_template: Result<ChatTemplate>,
-    /// The token that ends a text.
-    pub eos: Option<u32>,
-    /// Bytes of activations that a row takes in a layer.
-    pub row_bytes: usize,
-}
 
 /// What joins the jobs to the thread that trains and to the store.
 pub struct Wires {
@@ -394,14 +377,6 @@ impl Inner {
             self.lock().remove(id.as_str());
         }
         Ok(())
-    }
-}
-
-impl Base {
-    /// What a job is tied to: a resumed one must find the same base.
-    fn name(&self) -> String {
-        let i = &self.info;
-        format!("{} ({}, {} parameters, {})", i.name, i.family, i.num_parameters, i.dtype)
     }
 }
 

@@ -98,25 +98,19 @@ impl Inner {
         // Each with its gradient and two moments, the best so far, and a checkpoint.
         let weights = init::size(&self.base.info, settings).saturating_mul(size_of::<f32>());
         let bytes = weights.saturating_mul(6);
-        if bytes > self.limits.weight_bytes {
-            let (mib, limit) = (bytes >> 20, self.limits.weight_bytes >> 20);
-            let text = format!(
+        within(bytes, self.limits.weight_bytes, |mib, limit| {
+            format!(
                 "the weights that `settings` ask for take {mib} MiB with what the optimiser keeps, at most {limit} \
                  (training.weights_mib): look at `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
-            );
-            return Err(Error::exhausted(text, None));
-        }
+            )
+        })?;
         // With two moments, and the best of this start and of all.
-        let checkpoint = weights.saturating_mul(5);
-        if checkpoint > MOST_BYTES {
-            let (mib, limit) = (checkpoint >> 20, MOST_BYTES >> 20);
-            let text = format!(
+        within(weights.saturating_mul(5), MOST_BYTES, |mib, limit| {
+            format!(
                 "a checkpoint of the weights that `settings` ask for takes {mib} MiB, at most {limit} can be written: look at \
                  `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
-            );
-            return Err(Error::exhausted(text, None));
-        }
-        Ok(())
+            )
+        })
     }
 
     /// Refuses a batch that memory could not hold even with every layer computed again, and one that wants none computed
@@ -134,27 +128,29 @@ impl Inner {
         let drawn = size > 1 && !plan.settings.keep_order;
         let trained = longest(&plan.train, if drawn { (size - 2) / n + 2 } else { size.div_ceil(n) });
         let rows = trained.max(longest(&plan.evaluation, 1));
-        let layer = rows.saturating_mul(self.base.row_bytes);
-        if layer > self.limits.batch_bytes {
-            let (mib, limit) = (layer >> 20, self.limits.batch_bytes >> 20);
-            let text = format!(
+        let layer = |rows: usize| rows.saturating_mul(self.base.row_bytes);
+        within(layer(rows), self.limits.batch_bytes, |mib, limit| {
+            format!(
                 "`settings.batch_size` is {size}: the longest examples make {rows} rows, a layer of which takes {mib} MiB, \
                  at most {limit} (training.batch_mib); take a smaller one and `accumulation_steps`"
-            );
-            return Err(Error::exhausted(text, None));
+            )
+        })?;
+        if plan.settings.recompute != Recompute::Never {
+            return Ok(());
         }
         let rows = trained + plan.settings.num_virtual_tokens;
-        let layers = rows.saturating_mul(self.base.row_bytes).saturating_mul(self.base.info.num_layers);
-        if plan.settings.recompute == Recompute::Never && layers > self.limits.activation_bytes {
-            let (mib, limit) = (layers >> 20, self.limits.activation_bytes >> 20);
-            let text = format!(
+        within(layer(rows).saturating_mul(self.base.info.num_layers), self.limits.activation_bytes, |mib, limit| {
+            format!(
                 "`settings.recomputation` is NEVER: what all layers keep of {rows} rows takes {mib} MiB, at most {limit} \
                  (training.activation_mib); take AUTO, or a smaller `batch_size` and `accumulation_steps`"
-            );
-            return Err(Error::exhausted(text, None));
-        }
-        Ok(())
+            )
+        })
     }
+}
+
+/// Refuses `bytes` beyond `most`; `text` says it of both in MiB.
+fn within(bytes: usize, most: usize, text: impl FnOnce(usize, usize) -> String) -> Result<()> {
+    if bytes <= most { Ok(()) } else { Err(Error::exhausted(text(bytes >> 20, most >> 20), None)) }
 }
 
 /// The card with the data's labels, where a head is trained and the card names none.

@@ -22,17 +22,6 @@ fn model() -> Model {
     Model::load(&source::resolve("embedded").unwrap(), LoadOptions::default()).unwrap()
 }
 
-fn base(model: &Model) -> Base {
-    Base {
-        shape: model.shape(),
-        info: model.info().clone(),
-        tokenizer: model.tokenizer().clone(),
-        chat_template: model.chat_template().clone(),
-        eos: model.eos_token_ids().first().copied(),
-        row_bytes: model.activation_bytes_per_row(),
-    }
-}
-
 fn job(name: &str) -> NewJob {
     let record =
         |i: usize| Record { input: Some(format!("on day {i}")), target: Some("we meet".into()), ..Record::default() };
@@ -59,7 +48,7 @@ impl Desk {
         let journal = Journal::open(&dir.join("jobs.sqlite")).unwrap();
         let ((orders, taken), (clerk, events)) = (channel(), channel());
         let wires = Wires { orders, clerk: clerk.clone(), events, wake: Box::new(|| ()), publish };
-        Desk { jobs: Jobs::start(base(model), limits, journal, wires).unwrap(), orders: taken, clerk }
+        Desk { jobs: Jobs::start(Base::of(model), limits, journal, wires).unwrap(), orders: taken, clerk }
     }
 
     /// One on which nothing is published.
