@@ -46,18 +46,24 @@ pub struct Error {
     message: String,
     field: Option<&'static str>,
     retry_after: Option<Duration>,
+    too_long: bool,
 }
 
 impl Error {
     /// An error of `kind` with a finished message.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into(), field: None, retry_after: None }
+        Error { kind, message: message.into(), field: None, retry_after: None, too_long: false }
     }
 
     /// `field` holds `value`, which breaks `rule`: "`sampling.temperature` is -1, must be 0 to 100".
     pub fn invalid(field: &'static str, value: impl Display, rule: impl Display) -> Self {
         let message = format!("`{field}` is {}, {rule}", shorten(&value.to_string()));
-        Error { kind: Kind::InvalidArgument, message, field: Some(field), retry_after: None }
+        Error { field: Some(field), ..Self::new(Kind::InvalidArgument, message) }
+    }
+
+    /// [`Error::invalid`] where a sequence does not fit into the context: of a dataset, it can be left out.
+    pub fn too_long(field: &'static str, value: impl Display, rule: impl Display) -> Self {
+        Error { too_long: true, ..Self::invalid(field, value, rule) }
     }
 
     /// No such thing: "adapter `x` is not loaded".
@@ -93,6 +99,11 @@ impl Error {
     /// The request field that is at fault, for [`Kind::InvalidArgument`].
     pub fn field(&self) -> Option<&'static str> {
         self.field
+    }
+
+    /// Whether a sequence does not fit into the context.
+    pub fn is_too_long(&self) -> bool {
+        self.too_long
     }
 
     /// When a retry has a chance, for [`Kind::ResourceExhausted`].

@@ -55,6 +55,7 @@ mod gradient;
 pub mod kv_write;
 pub mod limits;
 pub mod linear;
+pub mod lstm;
 mod machine;
 pub mod mapped;
 pub mod memory;

@@ -73,10 +73,12 @@ impl Train {
             None => None,
             Some(eval) => Some(dataset(&mut client, eval, &format!("{}.eval", self.adapter)).await?),
         };
-        let template = self.settings.target_template.clone();
+        let settings: proto::TrainingSettings = self.settings.into();
+        // What is measured at the end is what was trained.
+        let template = settings.target_template.clone();
         let message = proto::CreateTrainingJobRequest {
             adapter_id: self.adapter.clone(),
-            settings: Some(self.settings.into()),
+            settings: Some(settings),
             data: Some(data.clone()),
             evaluation_data: evaluation_data.clone(),
             task_card,
@@ -95,6 +97,9 @@ impl Train {
         let watched = watch::follow(&mut client, &job.job_id, terminal).await?;
         watched.draw(&path, terminal)?;
         let ended = watched.ended()?;
+        if !ended.error.is_empty() {
+            terminal.line(format!("  {}", ended.error));
+        }
         let mut report = json!({ "job": watch::json(&ended), "curve": path });
         if ended.generation > 0 && !self.skip_eval {
             let message = proto::EvaluateRequest {
@@ -104,10 +109,19 @@ impl Train {
                 target_template: template,
                 ..Default::default()
             };
-            let measured = client.evaluate(message).await?.into_inner();
             let on = if evaluation_data.is_some() { "evaluation" } else { "training" };
-            terminal.line(evaluate::change(&measured, &self.adapter, on));
-            report["evaluation"] = evaluate::json(&measured);
+            match client.evaluate(message).await {
+                Ok(measured) => {
+                    let measured = measured.into_inner();
+                    terminal.line(evaluate::change(&measured, &self.adapter, on));
+                    report["evaluation"] = evaluate::json(&measured);
+                }
+                // The adapter is trained and serves all the same.
+                Err(status) => {
+                    terminal.line(format!("  not compared with the bare base: {}", status.message()));
+                    report["evaluation_error"] = status.message().into();
+                }
+            }
         }
         terminal.json(&report);
         Ok(())

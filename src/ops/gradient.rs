@@ -5,6 +5,7 @@ use super::embed::{Embedding, RowSource, embed};
 use super::feed_forward::feed_forward;
 use super::float::{bf16_to_f32, f32_to_bf16};
 use super::linear::{Arena, Isa, Kind, Linear, Packed, Scratch};
+use super::lstm::lstm;
 use super::norm::{HeadNorm, Norm};
 use super::rope::{Frequencies, Heads, rope};
 use super::{Machine, Vector};
@@ -156,6 +157,32 @@ fn feed_forwards_in_blocks() {
         let row = |t: &Tensor| t.narrow(0, i, 1).unwrap().copy().unwrap();
         assert_eq!(both(&row(&x), &row(&weights))[0], all[i], "row {i}");
     }
+}
+
+/// Both ways through the rows, and rows by the thousand: the graph has one node of them.
+#[test]
+fn lstms() {
+    let (n, h) = (5, 3);
+    let (gates, state) = (weight(n, 4 * h), weight(4 * h, h));
+    for back in [false, true] {
+        check("lstm's gates", (n, 4 * h), |x| lstm(x, &state, back));
+        check("lstm's weight", (4 * h, h), |w| lstm(&gates, w, back));
+        // The other way is this one of rows turned around.
+        let turned = |t: &Tensor| Tensor::cat(&(0..n).rev().map(|i| t.narrow(0, i, 1).unwrap()).collect::<Vec<_>>(), 0);
+        let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let there = lstm(&gates, &state, back).unwrap();
+        let again = turned(&lstm(&turned(&gates).unwrap(), &state, !back).unwrap()).unwrap();
+        assert_eq!(flat(there), flat(again));
+    }
+    let long = Var::from_tensor(&weight(30_000, 4 * h)).unwrap();
+    let gradients = lstm(&long, &state, false).unwrap().sum_all().unwrap().backward().unwrap();
+    let all = gradients.get(&long).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(all.iter().all(|d| d.is_finite()));
+    // A gate that is shut for good passes nothing on, and no NaN.
+    let shut = Var::from_tensor(&(gates * -1000.0).unwrap()).unwrap();
+    let gradients = lstm(&shut, &state, false).unwrap().sum_all().unwrap().backward().unwrap();
+    let all = gradients.get(&shut).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(all.iter().all(|d| d.is_finite()), "{all:?}");
 }
 
 #[test]

@@ -22,6 +22,9 @@ mod glibc {
     const KEPT: c_int = 128 << 20;
     /// Buffers from here on come from the system each time.
     const LARGE: c_int = 512 << 20;
+    /// The same for an old glibc.
+    const OLD_LARGE: c_int = 32 << 20;
+
     /// The same while memory of its own is asked for: what is smaller is not worth it.
     const APART: c_int = 64 << 10;
 
@@ -41,11 +44,17 @@ mod glibc {
             mallopt(M_MMAP_THRESHOLD, APART);
         }
         let memory = allocate();
-        // SAFETY: as below.
-        unsafe {
-            mallopt(M_MMAP_THRESHOLD, LARGE);
-        }
+        keep_large();
         memory
+    }
+
+    fn keep_large() {
+        // SAFETY: plain numbers, at any time. 0 is a refusal: glibc before 2.35 takes no more than half of a heap of 64 MiB.
+        unsafe {
+            if mallopt(M_MMAP_THRESHOLD, LARGE) == 0 {
+                mallopt(M_MMAP_THRESHOLD, OLD_LARGE);
+            }
+        }
     }
 
     pub fn settle() {
@@ -53,10 +62,10 @@ mod glibc {
         unsafe {
             malloc_trim(0);
             mallopt(M_TRIM_THRESHOLD, KEPT);
-            mallopt(M_MMAP_THRESHOLD, LARGE);
             // Other arenas are heaps of 64 MiB, which come and go whole.
             mallopt(M_ARENA_MAX, 1);
         }
+        keep_large();
     }
 }
 

@@ -4,7 +4,7 @@
 //! gave to somebody else (tokio, a neighbour) costs its share of the speed, not a scheduler slice.
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{JoinHandle, Thread};
 
 /// Keeps candle's own pool empty: its threads spin against ours and tokio's on few cores, and what is left to it (sums of
@@ -95,9 +95,16 @@ impl Pool {
     /// for, and a busy pool (another caller, a nested call) means that the caller works alone. Neither changes a
     /// result: no op depends on who computes what.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
-        let guard = if self.threads.is_empty() { None } else { self.lock.try_lock().ok() };
-        let Some(_guard) = guard else { return f(0) };
+        let guard = match self.lock.try_lock() {
+            Ok(guard) if !self.threads.is_empty() => guard,
+            // A job panicked, and `Close` has ended it: the pool is as good as new.
+            Err(TryLockError::Poisoned(poisoned)) if !self.threads.is_empty() => poisoned.into_inner(),
+            _ => return f(0),
+        };
+        let _guard = guard;
         let state = &*self.state;
+        // Of a job whose caller panicked too.
+        state.panicked.store(false, Relaxed);
         // SAFETY: erases the lifetime. This function does not return (nor unwind: see `Close`) while a worker is
         // inside `f`, and none enters once OPEN is cleared.
         unsafe { *state.job.get() = Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync), Job>(f)) };
@@ -216,6 +223,19 @@ mod tests {
             })
         });
         assert!(std::panic::catch_unwind(job).is_err());
-        pool.for_each(4, |_| ());
+        // Its threads still share the work: each waits here for the other.
+        let inside = AtomicUsize::new(0);
+        pool.run(&|_| {
+            inside.fetch_add(1, SeqCst);
+            (0..).take_while(|_| inside.load(SeqCst) < 2).for_each(|_| std::thread::yield_now());
+        });
+        // A caller's own panic, too.
+        let job = std::panic::AssertUnwindSafe(|| pool.run(&|i| assert!(i > 0, "expected by this test")));
+        assert!(std::panic::catch_unwind(job).is_err());
+        inside.store(0, SeqCst);
+        pool.run(&|_| {
+            inside.fetch_add(1, SeqCst);
+            (0..).take_while(|_| inside.load(SeqCst) < 2).for_each(|_| std::thread::yield_now());
+        });
     }
 }

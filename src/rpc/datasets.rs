@@ -9,10 +9,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tonic::Streaming;
 
 /// A client that sends nothing for so long has stalled.
 const STALLED: Duration = Duration::from_secs(30);
+
+/// Uploads at once: each is in memory until it is whole and checked.
+const UPLOADS: usize = 4;
 
 /// The folder. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -20,12 +24,13 @@ pub struct Datasets {
     dir: Arc<PathBuf>,
     max_bytes: u64,
     max_examples: usize,
+    slots: Arc<Semaphore>,
 }
 
 impl Datasets {
     /// Over `dir`, which an upload makes if it is absent.
     pub fn new(dir: PathBuf, max_bytes: u64, max_examples: usize) -> Self {
-        Datasets { dir: Arc::new(dir), max_bytes, max_examples }
+        Datasets { dir: Arc::new(dir), max_bytes, max_examples, slots: Arc::new(Semaphore::new(UPLOADS)) }
     }
 
     /// The records of a dataset.
@@ -63,6 +68,9 @@ impl Datasets {
         &self,
         mut parts: Streaming<proto::UploadDatasetRequest>,
     ) -> Result<proto::UploadDatasetResponse> {
+        let _slot = self.slots.try_acquire().map_err(|_| {
+            Error::exhausted(format!("{UPLOADS} datasets are being uploaded"), Some(Duration::from_secs(1)))
+        })?;
         let Some(Part::DatasetId(name)) = next(&mut parts).await? else {
             return Err(Error::invalid("part", "no name", "the first message must hold `dataset_id`"));
         };

@@ -9,6 +9,7 @@ use crate::tokenizer::chat::ChatMessage;
 use crate::training::dataset::Record;
 use crate::training::metrics;
 use crate::training::settings::TARGET;
+use std::collections::HashSet;
 use std::sync::Arc;
 use tokio::task::JoinSet;
 
@@ -48,8 +49,10 @@ struct Labels {
     names: Vec<String>,
 }
 
+/// A record's number, and the answer to it.
+type Answered = (usize, Answer);
+
 /// One answer.
-#[derive(Clone, Default)]
 struct Answer {
     text: String,
     /// Sum of log-probabilities of the first target's tokens, and their number.
@@ -78,48 +81,63 @@ impl Evaluator {
             return Err(Error::invalid("generate", true, "but a head answers for this adapter"));
         }
         let side = Side::of(adapter.as_deref(), &request, template);
-        let data = Arc::new(data);
-        let answers = self.side(call, &side, &data).await?;
-        let scores = figures(&side, &data, &answers);
+        let data: Arc<[Record]> = data.into();
+        let mut answered: Vec<Answered> = self.side(call, &side, &data, 0..data.len()).await?;
         let base = side.base().filter(|_| adapter.is_some() && !request.skip_base);
-        let (mut base_answers, mut base_scores) = (Vec::new(), None);
-        if let Some(base) = base {
-            base_answers = self.side(call, &base, &data).await?;
-            base_scores = Some(figures(&base, &data, &base_answers));
+        let mut base_answers = Vec::new();
+        if let Some(base) = &base {
+            base_answers = self.side(call, base, &data, answered.iter().map(|(i, _)| *i)).await?;
+            // Both are judged by the same examples.
+            let both: HashSet<usize> = base_answers.iter().map(|(i, _)| *i).collect();
+            answered.retain(|(i, _)| both.contains(i));
         }
-        let shown =
-            data.iter().zip(&answers).enumerate().take(SHOWN).map(|(i, (record, answer))| proto::EvaluatedExample {
-                index: i as u32,
-                prediction: answer.text.clone(),
-                base_prediction: base_answers.get(i).map(|a| a.text.clone()).unwrap_or_default(),
-                target: record.answers().first().map(|t| (*t).to_owned()).unwrap_or_default(),
-            });
+        if answered.is_empty() {
+            let rule = "none of them fits into the context";
+            return Err(Error::invalid("data", format!("{} examples", data.len()), rule));
+        }
+        let scores = figures(&side, &data, &answered);
+        let base_scores = base.map(|base| figures(&base, &data, &base_answers));
+        let shown = answered.iter().take(SHOWN).enumerate().map(|(at, (i, answer))| proto::EvaluatedExample {
+            index: *i as u32,
+            prediction: answer.text.clone(),
+            base_prediction: base_answers.get(at).map(|(_, a)| a.text.clone()).unwrap_or_default(),
+            target: data[*i].answers().first().map(|t| (*t).to_owned()).unwrap_or_default(),
+        });
         Ok(proto::EvaluateResponse {
             request_id: call.id.to_string(),
             adapter: Some(convert::adapter_ref(&adapter)),
-            examples: data.len() as u32,
+            examples: answered.len() as u32,
+            too_long: (data.len() - answered.len()) as u32,
             scores: Some(scores),
             base_scores,
             answers: shown.collect(),
         })
     }
 
-    /// The answers of one side, in the order of the records. A caller that goes away ends it: its tasks go with the set.
-    async fn side(&self, call: &Call, side: &Side, data: &Arc<Vec<Record>>) -> Result<Vec<Answer>> {
-        let mut answers = vec![Answer::default(); data.len()];
-        let (mut tasks, mut next) = (JoinSet::new(), 0);
+    /// The answers of one side to some records, in their order, without those that are too long for it. A caller that goes away ends it:
+    /// its tasks go with the set.
+    async fn side(
+        &self,
+        call: &Call,
+        side: &Side,
+        data: &Arc<[Record]>,
+        mut some: impl Iterator<Item = usize>,
+    ) -> Result<Vec<Answered>> {
+        let (mut tasks, mut answers) = (JoinSet::new(), Vec::new());
         loop {
-            while next < data.len() && tasks.len() < AT_ONCE {
-                let (this, side, data) = (self.clone(), side.clone(), Arc::clone(data));
-                let (call, index) = (call.part(), next);
+            while tasks.len() < AT_ONCE {
+                let Some(index) = some.next() else { break };
+                let (this, side, data, call) = (self.clone(), side.clone(), Arc::clone(data), call.part());
                 tasks.spawn(async move { (index, this.answer(&call, &side, &data[index]).await) });
-                next += 1;
             }
             match tasks.join_next().await {
-                None => return Ok(answers),
-                Some(Ok((index, answer))) => {
-                    answers[index] = answer.map_err(|e| e.context(format!("example {index}")))?;
+                None => {
+                    answers.sort_unstable_by_key(|(index, _)| *index);
+                    return Ok(answers);
                 }
+                Some(Ok((index, Ok(answer)))) => answers.push((index, answer)),
+                Some(Ok((_, Err(e)))) if e.is_too_long() => {}
+                Some(Ok((index, Err(e)))) => return Err(e.context(format!("example {index}"))),
                 Some(Err(e)) => return Err(Error::internal(format!("evaluation: {e}"))),
             }
         }
@@ -254,11 +272,13 @@ impl Side {
     }
 }
 
-fn figures(side: &Side, data: &[Record], answers: &[Answer]) -> proto::EvaluationScores {
-    let predictions: Vec<&str> = answers.iter().map(|a| a.text.trim()).collect();
-    let references: Vec<Vec<&str>> = data.iter().map(|r| r.answers().iter().map(|t| t.trim()).collect()).collect();
+fn figures(side: &Side, data: &[Record], answers: &[Answered]) -> proto::EvaluationScores {
+    let predictions: Vec<&str> = answers.iter().map(|(_, a)| a.text.trim()).collect();
+    let references: Vec<Vec<&str>> =
+        answers.iter().map(|(i, _)| data[*i].answers().iter().map(|t| t.trim()).collect()).collect();
     let exact_match = metrics::exact_match(&predictions, &references);
-    let (sum, tokens) = answers.iter().filter_map(|a| a.likelihood).fold((0.0, 0), |(s, n), (l, k)| (s + l, n + k));
+    let (sum, tokens) =
+        answers.iter().filter_map(|(_, a)| a.likelihood).fold((0.0, 0), |(s, n), (l, k)| (s + l, n + k));
     let perplexity = (tokens > 0).then(|| metrics::perplexity(-sum, tokens));
     if side.labels.is_some() {
         let right: Vec<&str> = references.iter().map(|r| r.first().copied().unwrap_or("")).collect();

@@ -192,7 +192,7 @@ impl Training {
         let data = self.datasets.read("data", message.data).await?;
         let evaluation = match message.evaluation_data {
             None => Vec::new(),
-            data => self.datasets.read("evaluation_data", data).await?,
+            data => self.datasets.read("evaluation_data", data).await.map_err(|e| e.context("`evaluation_data`"))?,
         };
         let (card, load, pinned) = (message.task_card, message.load, message.pinned);
         let new = NewJob { adapter_id, settings, card, load, pinned, data, evaluation };

@@ -9,7 +9,7 @@ use crate::rpc::drain::Drain;
 use crate::rpc::evaluate::Evaluator;
 use crate::rpc::inference::Inference;
 use crate::rpc::training::Training;
-use crate::training::jobs::{Base, Jobs, Limits, Trained, Wires};
+use crate::training::jobs::{Base, Jobs, Limits, Published, Trained, Wires};
 use crate::training::journal::Journal;
 use crate::training::trainer::{Bounds, Event, Order, Trainer};
 use std::path::Path;
@@ -91,17 +91,25 @@ fn publish(loader: AdapterLoader) -> crate::training::jobs::Publish {
     let runtime = tokio::runtime::Handle::current();
     Box::new(move |trained: Trained| {
         let Trained { adapter_id, files, card, load, pinned } = trained;
-        let mut staging = loader.store().stage(&adapter_id)?;
-        for (name, bytes) in files.files()? {
-            staging.append(name, &bytes)?;
-        }
-        if !card.is_empty() {
-            staging.append("task.toml", card.as_bytes())?;
-        }
+        let files = files.files()?;
+        let staged = || -> Result<_> {
+            let mut staging = loader.store().stage(&adapter_id)?;
+            for (name, bytes) in &files {
+                staging.append(name, bytes)?;
+            }
+            if !card.is_empty() {
+                staging.append("task.toml", card.as_bytes())?;
+            }
+            Ok(staging)
+        };
         if !load {
-            return staging.publish().map(|()| 0);
+            return staged()?.publish().map(|()| Published::Stored);
         }
-        let adapter = runtime.block_on(loader.publish(&adapter_id, staging, pinned))?;
-        Ok(adapter.generation.0)
+        match runtime.block_on(loader.publish(&adapter_id, staged()?, pinned)) {
+            Ok(adapter) => Ok(Published::Serving(adapter.generation.0)),
+            // The KV pool or the registry is full. So may be the disk: then this fails too.
+            Err(e) if e.kind() == Kind::ResourceExhausted => staged()?.publish().map(|()| Published::Waiting(e)),
+            Err(e) => Err(e),
+        }
     })
 }

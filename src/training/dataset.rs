@@ -33,6 +33,8 @@ pub struct Record {
 
 /// Bad lines that an error quotes.
 const QUOTED: usize = 5;
+/// Bytes of the texts of one record: no context holds more, and tokenizing it would take the memory of all others.
+const MOST_TEXT: usize = 1 << 20;
 
 impl Record {
     /// A line with `input` and `target`.
@@ -50,6 +52,12 @@ impl Record {
     }
 
     fn check(&self) -> std::result::Result<(), String> {
+        let said = self.messages.iter().map(|m| m.content.len());
+        let bytes =
+            self.input.iter().chain(&self.target).chain(&self.targets).map(String::len).chain(said).sum::<usize>();
+        if bytes > MOST_TEXT {
+            return Err(format!("has {bytes} bytes of text, at most {MOST_TEXT} are taken"));
+        }
         let (prompt, chat) = (self.input.is_some(), !self.messages.is_empty());
         match (prompt, chat) {
             (true, true) => return Err("has both `input` and `messages`".into()),
@@ -79,6 +87,8 @@ impl Record {
 /// `InvalidArgument` for a text without records, for more than `max` of them, and naming the first lines that are none.
 pub fn parse(text: &str, max: usize) -> Result<Vec<Record>> {
     let (mut records, mut bad, mut count) = (Vec::new(), Vec::new(), 0);
+    // What some editors put before the text.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let record = serde_json::from_str::<Record>(line).map_err(|e| e.to_string());
         match record.and_then(|r| r.check().map(|()| r)) {
@@ -290,6 +300,9 @@ mod tests {
         let e = parse(&many, 10).unwrap_err().to_string();
         assert!(e.contains("9 bad lines") && e.contains("and 4 more"), "{e}");
         assert!(parse("\n", 10).unwrap_err().to_string().contains("no example"));
+        let long = format!("{{\"input\": \"{}\", \"target\": \"b\"}}\n", "a".repeat(MOST_TEXT));
+        assert!(parse(&long, 10).unwrap_err().to_string().contains("line 1: has 1048577 bytes"));
+        assert_eq!(parse("\u{feff}{\"input\": \"a\", \"target\": \"b\"}\r\n", 10).unwrap(), [Record::new("a", "b")]);
         let good = "{\"input\": \"a\", \"targets\": [\"b\", \"c\"]}\n".repeat(3);
         assert!(parse(&good, 2).unwrap_err().to_string().contains("3 examples, at most 2"));
         assert_eq!(parse(&good, 3).unwrap()[2].answers(), ["b", "c"]);

@@ -31,7 +31,7 @@ pub fn export(job: &Job, settings: &Settings, base: &ModelInfo) -> Result<SavedA
             adapter.config.insert("num_ranks".into(), json!(settings.num_ranks));
             job.encoder.weight("embedding.weight")?.as_tensor().clone()
         }
-        _ => job.encoder.rows()?,
+        _ => job.encoder.rows(&[0])?,
     };
     match settings.reparametrisation {
         Reparametrisation::Lstm => {

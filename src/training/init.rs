@@ -81,8 +81,8 @@ pub fn encoder(model: &Model, settings: &Settings, seed: u64, text: &[u32]) -> R
     PromptEncoder::new(kind, weights)
 }
 
-/// How many numbers the weights of [`encoder`] are.
-pub fn size(info: &ModelInfo, settings: &Settings) -> usize {
+/// How many numbers the weights of [`encoder`] and of a [`head`] of `labels` classes are.
+pub fn size(info: &ModelInfo, settings: &Settings, labels: usize) -> usize {
     let (n, hidden, keys) = (settings.num_virtual_tokens, info.hidden_size, info.num_kv_heads * info.head_dim);
     let stored = 2 * info.num_layers * keys;
     let width = |own: usize| if settings.encoder_hidden_size == 0 { own } else { settings.encoder_hidden_size };
@@ -107,7 +107,11 @@ pub fn size(info: &ModelInfo, settings: &Settings) -> usize {
             vec![n * hidden, (settings.num_tasks.max(1) * settings.num_ranks).saturating_mul(n + hidden)]
         }
     };
-    parts.into_iter().fold(0, usize::saturating_add)
+    let head = match labels {
+        0 => 0,
+        labels => dense(hidden, labels).saturating_add(dense(hidden, hidden) * (info.head_modules.len() - 1)),
+    };
+    parts.into_iter().fold(head, usize::saturating_add)
 }
 
 /// A head of `labels` classes, as transformers starts one: normal, standard deviation 0.02, no bias.

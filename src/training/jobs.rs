@@ -39,8 +39,19 @@ pub struct Trained {
     pub pinned: bool,
 }
 
-/// Puts a finished adapter into the store and, if asked, in service; returns its generation, 0 if not in service. Blocks.
-pub type Publish = Box<dyn Fn(Trained) -> Result<u64> + Send>;
+/// Where a finished adapter is.
+#[derive(Debug)]
+pub enum Published {
+    /// In service, as this generation.
+    Serving(u64),
+    /// In the store, as was asked for.
+    Stored,
+    /// In the store alone, as there was no room to serve it.
+    Waiting(Error),
+}
+
+/// Puts a finished adapter into the store and, if asked, in service. Blocks.
+pub type Publish = Box<dyn Fn(Trained) -> Result<Published> + Send>;
 
 /// What joins the jobs to the thread that trains and to the store.
 pub struct Wires {
@@ -199,11 +210,11 @@ impl Jobs {
             }
             settings.num_tasks = most + 1;
         }
-        inner.check_weights(&settings)?;
         let card = prepare::with_labels(new.card, &settings, &data)?;
         let (load, pinned) = (new.load, new.pinned);
         let mut spec = Spec { settings, card, load, pinned, evaluation_lines, too_long: 0, examples: (0, 0), steps: 0 };
         let (plan, too_long) = inner.plan(&spec, &data)?;
+        inner.check_weights(&plan)?;
         inner.check_memory(&plan)?;
         (spec.too_long, spec.examples, spec.steps) =
             (too_long, (plan.train.len(), plan.evaluation.len()), plan.steps());

@@ -1,5 +1,6 @@
 //! What is trained: the weights that become virtual tokens or stored K and V, as PEFT's prompt encoders hold them.
 use crate::error::{Error, Result};
+use crate::ops::lstm::lstm;
 use candle_core::{Tensor, Var};
 use std::collections::BTreeMap;
 
@@ -34,7 +35,7 @@ impl PromptEncoder {
     pub fn new(kind: EncoderKind, weights: BTreeMap<String, Tensor>) -> Result<Self> {
         let weights = weights.into_iter().map(|(name, t)| Ok((name, Var::from_tensor(&t)?))).collect::<Result<_>>()?;
         let encoder = PromptEncoder { kind, weights };
-        let rows = encoder.rows()?;
+        let rows = encoder.rows(&[0])?;
         if rows.dims().len() != 2 {
             return Err(Error::invalid(
                 "embedding.weight",
@@ -61,9 +62,9 @@ impl PromptEncoder {
         self.weights.iter().map(|(name, var)| (name.as_str(), var))
     }
 
-    /// The rows `[tasks * num_virtual_tokens, width]`, with their gradient: what PEFT saves as `prompt_embeddings`, except of
-    /// a multitask prompt.
-    pub fn rows(&self) -> Result<Tensor> {
+    /// The rows `[num_virtual_tokens, width]`, with their gradient: what PEFT saves as `prompt_embeddings`. A multitask prompt has as
+    /// many for each of `tasks`, one task after the other: a job of many never makes those that a batch does not use.
+    pub fn rows(&self, tasks: &[u32]) -> Result<Tensor> {
         let embedding = self.weight("embedding.weight")?.as_tensor().clone();
         match self.kind {
             EncoderKind::Embedding => Ok(embedding),
@@ -77,8 +78,9 @@ impl PromptEncoder {
                 self.linear("transform.2", &x)
             }
             EncoderKind::Multitask => {
-                let (cols, rows) = (self.weight("prefix_task_cols")?, self.weight("prefix_task_rows")?);
-                let scales = cols.as_tensor().matmul(rows.as_tensor())?; // [tasks, n, width]
+                let tasks = Tensor::new(tasks, embedding.device())?;
+                let of = |name: &str| -> Result<Tensor> { Ok(self.weight(name)?.index_select(&tasks, 0)?) };
+                let scales = of("prefix_task_cols")?.matmul(&of("prefix_task_rows")?)?; // [tasks, n, width]
                 Ok(scales.broadcast_mul(&embedding)?.flatten(0, 1)?)
             }
             EncoderKind::Lstm => {
@@ -111,28 +113,11 @@ impl PromptEncoder {
         Ok(x.matmul(&weight.t()?)?.broadcast_add(bias)?)
     }
 
-    /// One direction of one layer: x `[n, in]` -> `[n, h]`, from a zero state, gates in torch's order i, f, g, o.
+    /// One direction of one layer: x `[n, in]` -> `[n, h]`, from a zero state.
     fn lstm(&self, which: &str, x: &Tensor, back: bool) -> Result<Tensor> {
         let weight = |name: &str| self.weight(&format!("lstm_head.{name}_{which}"));
-        let (input, hidden) = (weight("weight_ih")?, weight("weight_hh")?.t()?);
         let bias = (weight("bias_ih")?.as_tensor() + weight("bias_hh")?.as_tensor())?;
-        let gates = x.matmul(&input.t()?)?.broadcast_add(&bias)?; // [n, 4h]
-        let (n, h) = (x.dim(0)?, hidden.dim(0)?);
-        let mut state = Tensor::zeros((1, h), x.dtype(), x.device())?;
-        let (mut cell, mut out) = (state.clone(), vec![None; n]);
-        for i in 0..n {
-            let row = if back { n - 1 - i } else { i };
-            let gates = (gates.narrow(0, row, 1)? + state.matmul(&hidden)?)?;
-            let gate = |i: usize| gates.narrow(1, i * h, h);
-            cell = ((sigmoid(&gate(1)?)? * &cell)? + (sigmoid(&gate(0)?)? * gate(2)?.tanh()?)?)?;
-            state = (sigmoid(&gate(3)?)? * cell.tanh()?)?;
-            out[row] = Some(state.clone());
-        }
-        let rows: Vec<Tensor> = out.into_iter().flatten().collect();
-        Ok(Tensor::cat(&rows, 0)?)
+        let gates = x.matmul(&weight("weight_ih")?.t()?)?.broadcast_add(&bias)?; // [n, 4h]
+        Ok(lstm(&gates, weight("weight_hh")?, back)?)
     }
-}
-
-fn sigmoid(x: &Tensor) -> Result<Tensor> {
-    Ok((x.neg()?.exp()? + 1.0)?.recip()?)
 }

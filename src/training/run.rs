@@ -53,8 +53,9 @@ pub struct Progress {
     best: Option<(f64, usize)>,
     /// Loss of the best start so far.
     champion: Option<f64>,
-    /// Loss of the last step.
-    last_loss: Option<f64>,
+    /// Losses of the steps of this start's last epoch: their sum, and how many.
+    #[serde(default)]
+    tail: (f64, usize),
     /// Rows that the model ran in training.
     pub rows: u64,
     /// All steps of all starts are done.
@@ -114,6 +115,9 @@ pub struct Run {
     /// Batches done of it.
     batches: usize,
     spent: Duration,
+    order: Order,
+    /// Examples of the step at hand, and what its losses are divided by.
+    step: (Vec<usize>, usize),
 }
 
 const BEST: &str = "best";
@@ -135,8 +139,11 @@ impl Run {
         if let Some((at, bytes)) = checkpoint {
             (progress, kept) = (at, job.load(bytes, &[BEST, CHAMPION])?);
         }
-        let (so_far, batches, spent) = Default::default();
-        Ok(Run { plan, job, progress, kept, so_far, batches, spent })
+        let (so_far, batches, spent, step) = Default::default();
+        let order = Order::new(&plan, restart);
+        let mut run = Run { plan, job, progress, kept, so_far, batches, spent, order, step };
+        run.draw();
+        Ok(run)
     }
 
     /// Where it is.
@@ -229,7 +236,11 @@ impl Run {
         }
         self.progress.step += 1;
         self.progress.rows += out.rows as u64;
-        self.progress.last_loss = Some(loss);
+        if step + self.plan.epoch() >= self.steps() {
+            let (sum, count) = self.progress.tail;
+            self.progress.tail = (sum + loss, count + 1);
+        }
+        self.draw();
         if self.finished() && !self.evaluating() {
             self.end_of_start(model)?;
         }
@@ -266,12 +277,17 @@ impl Run {
             let examples = (from..self.plan.evaluation.len().min(from + size)).collect();
             return Batch { examples, evaluation: true, divisor: 1 };
         }
-        let of_step = size * s.accumulation_steps;
+        let (chosen, divisor) = &self.step;
+        Batch { examples: chosen[from..from + size].to_vec(), evaluation: false, divisor: *divisor }
+    }
+
+    /// Draws the examples of the step that comes next: once for all its batches.
+    fn draw(&mut self) {
+        let of_step = self.plan.settings.batch_size * self.plan.settings.accumulation_steps;
         let first = self.progress.step * of_step;
-        let seed = seed(s, self.progress.restart);
-        let chosen = order(self.plan.train.len(), (!s.keep_order).then_some(seed), first..first + of_step);
+        let chosen = self.order.places(first..first + of_step);
         let divisor = chosen.iter().map(|i| self.job.targets(&self.plan.train[*i])).sum();
-        Batch { examples: chosen[from..from + size].to_vec(), evaluation: false, divisor }
+        self.step = (chosen, divisor);
     }
 
     fn evaluated(&mut self, model: &Model, loss: f64) -> Result<()> {
@@ -294,7 +310,10 @@ impl Run {
         if let Some(best) = self.kept.remove(BEST) {
             self.job.set_values(&best)?;
         }
-        let loss = self.progress.best.map(|(loss, _)| loss).or(self.progress.last_loss).unwrap_or(f64::INFINITY);
+        // Without an evaluation: one batch says little, and each start has another one last.
+        let (sum, count) = self.progress.tail;
+        let trained = if count > 0 { sum / count as f64 } else { f64::INFINITY };
+        let loss = self.progress.best.map_or(trained, |(loss, _)| loss);
         if self.progress.champion.is_none_or(|best| loss < best) {
             self.progress.champion = Some(loss);
             self.kept.insert(CHAMPION.into(), self.job.values()?);
@@ -322,6 +341,8 @@ impl Run {
             self.job = start(model, &self.plan, next)?;
             let (champion, rows) = (self.progress.champion, self.progress.rows);
             self.progress = Progress { restart: next, champion, rows, ..Progress::default() };
+            self.order = Order::new(&self.plan, next);
+            self.draw();
             return Ok(());
         }
         if let Some(champion) = self.kept.remove(CHAMPION) {
@@ -333,9 +354,28 @@ impl Run {
 }
 
 impl Plan {
+    /// Rows that the model runs in a batch in front of the sequences of each task.
+    pub fn leading_rows(&self) -> usize {
+        match self.placement {
+            Placement::Stored => 0,
+            Placement::AmongRows => self.before.len() + self.after.len(),
+            Placement::VirtualTokens => self.before.len() + self.settings.num_virtual_tokens + self.after.len(),
+        }
+    }
+
+    /// Rows of K and V that every sequence attends to beside its own.
+    pub fn prefix_rows(&self) -> usize {
+        if self.placement == Placement::Stored { self.settings.num_virtual_tokens } else { self.leading_rows() }
+    }
+
     /// Steps of one start.
     pub fn steps(&self) -> usize {
         self.settings.steps(self.train.len())
+    }
+
+    /// Steps that go once through the data.
+    fn epoch(&self) -> usize {
+        self.train.len().div_ceil(self.settings.batch_size * self.settings.accumulation_steps)
     }
 }
 
@@ -356,20 +396,35 @@ fn seed(settings: &Settings, restart: usize) -> u64 {
     settings.seed.wrapping_add(restart as u64)
 }
 
-/// Which of `n` examples come in places `range` of the endless order: each epoch is a permutation of its own, drawn from `seed`; without
-/// one, each is the data as it is.
-fn order(n: usize, seed: Option<u64>, range: Range<usize>) -> Vec<usize> {
-    let Some(seed) = seed else { return range.map(|at| at % n).collect() };
-    let mut epoch: (usize, Vec<usize>) = (usize::MAX, Vec::new());
-    let pick = |at: usize| {
-        if epoch.0 != at / n {
-            let mut all: Vec<usize> = (0..n).collect();
-            shuffle(&mut all, seed ^ ((at / n) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-            epoch = (at / n, all);
-        }
-        epoch.1[at % n]
-    };
-    range.map(pick).collect()
+/// The endless order of the examples: each epoch is a permutation of its own, drawn from a seed; without one, each is the data as it is.
+struct Order {
+    n: usize,
+    seed: Option<u64>,
+    /// The epoch that was drawn last.
+    epoch: Option<(usize, Vec<usize>)>,
+}
+
+impl Order {
+    fn new(plan: &Plan, restart: usize) -> Self {
+        let seed = (!plan.settings.keep_order).then(|| seed(&plan.settings, restart));
+        Order { n: plan.train.len(), seed, epoch: None }
+    }
+
+    /// The examples in places `range`.
+    fn places(&mut self, range: Range<usize>) -> Vec<usize> {
+        let n = self.n;
+        let Some(seed) = self.seed else { return range.map(|at| at % n).collect() };
+        let pick = |at: usize| {
+            let drawn = self.epoch.take().filter(|(epoch, _)| *epoch == at / n);
+            let (_, all) = self.epoch.insert(drawn.unwrap_or_else(|| {
+                let mut all: Vec<usize> = (0..n).collect();
+                shuffle(&mut all, seed ^ ((at / n) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                (at / n, all)
+            }));
+            all[at % n]
+        };
+        range.map(pick).collect()
+    }
 }
 
 /// Fisher and Yates's shuffle, from `seed`.

@@ -181,6 +181,8 @@ pub const MOST_TASKS: usize = 10_000;
 /// Where the target stands in its template.
 pub const TARGET: &str = "{{ target }}";
 
+/// Bytes of `init_text` and of `target_template`: they stay in memory with each job.
+const MOST_TEXT: usize = 64 << 10;
 /// Bounds that keep one job from taking the machine.
 const MAX_BATCH: usize = 4096;
 const MAX_STEPS: usize = 10_000_000;
@@ -223,6 +225,22 @@ impl Settings {
             let rule = "but `settings.evaluation_interval` is 0: there is one evaluation, at the end";
             return Err(Error::invalid("settings.early_stopping_patience", self.early_stopping_patience, rule));
         }
+        for (field, text) in
+            [("settings.init_text", &self.init_text), ("settings.target_template", &self.target_template)]
+        {
+            if text.len() > MOST_TEXT {
+                return Err(Error::invalid(
+                    field,
+                    format!("{} bytes", text.len()),
+                    format!("must have at most {MOST_TEXT}"),
+                ));
+            }
+        }
+        if self.restarts > 1 && self.init == Init::Text && self.keep_order && !self.classification_head && !self.draws()
+        {
+            let rule = "but with `init` TEXT and `keep_order` nothing is drawn: all would be the same";
+            return Err(Error::invalid("settings.restarts", self.restarts, rule));
+        }
         if self.target_template.matches(TARGET).count() != 1 {
             let rule = format!("must hold {TARGET} once");
             return Err(Error::invalid("settings.target_template", format!("{:?}", self.target_template), rule));
@@ -236,6 +254,12 @@ impl Settings {
             };
         }
         Ok(self)
+    }
+
+    /// Whether weights beside the virtual tokens start from random numbers.
+    fn draws(&self) -> bool {
+        matches!(self.method, TrainMethod::PTuning | TrainMethod::MultitaskPromptTuning)
+            || self.reparametrisation == Reparametrisation::Projection
     }
 
     fn check_method(&self) -> Result<()> {

@@ -12,6 +12,7 @@ use crate::model::packed::{Activations, PackedPass, back, of};
 use crate::ops::Machine;
 use crate::ops::cross_entropy::CHUNK;
 use candle_core::{DType, Device, Tensor, Var};
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// One sequence and what is to be learned from it.
@@ -44,6 +45,27 @@ pub struct Work<'a> {
     pub divisor: usize,
     /// Whether gradients are wanted; evaluation wants none.
     pub train: bool,
+}
+
+impl Work<'_> {
+    /// The tasks of its examples, each once, in the order of their first ones.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that the job does not have.
+    pub fn tasks(&self) -> Result<Vec<u32>> {
+        let (mut tasks, most) = (Vec::new(), self.job.encoder.tasks());
+        let mut seen = HashSet::new();
+        for example in &self.examples {
+            if example.task >= most {
+                let rule = format!("the job has {most} tasks, counted from 0");
+                return Err(Error::invalid("task_id", example.task, rule));
+            }
+            if seen.insert(example.task) {
+                tasks.push(example.task as u32);
+            }
+        }
+        Ok(tasks)
+    }
 }
 
 /// What a batch did for one job.
@@ -110,7 +132,8 @@ impl Step {
     /// # Errors
     /// `InvalidArgument` for a job without targets, or with labels that are not as many as rows.
     pub fn new(model: &Model, work: &[Work<'_>], keep: Activations) -> Result<Self> {
-        let rows = work.iter().map(|w| w.job.encoder.rows()).collect::<Result<Vec<_>>>()?;
+        let tasks = work.iter().map(Work::tasks).collect::<Result<Vec<_>>>()?;
+        let rows = work.iter().zip(&tasks).map(|(w, tasks)| w.job.encoder.rows(tasks)).collect::<Result<Vec<_>>>()?;
         let of = |stored: bool| -> Vec<Tensor> {
             let own = work.iter().zip(&rows).filter(|(w, _)| (w.job.placement == Placement::Stored) == stored);
             own.map(|(_, rows)| rows.detach()).collect()
@@ -124,8 +147,8 @@ impl Step {
         };
         let mut packer = Packer::new(stored.as_ref().map_or(0, |s| s.dims()[0]), model.info().encoder);
         let mut parts = Vec::with_capacity(work.len());
-        for (w, rows) in work.iter().zip(rows) {
-            parts.push(packer.job(w, rows)?);
+        for ((w, rows), tasks) in work.iter().zip(rows).zip(&tasks) {
+            parts.push(packer.job(w, rows, tasks)?);
         }
         let train = work.iter().any(|w| w.train);
         let activations = if train { keep } else { Activations::Discard };

@@ -10,7 +10,7 @@ use crate::model::background::Background;
 use crate::model::packed::Activations;
 use crate::ops::memory;
 use crate::training::settings::Recompute;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -34,7 +34,7 @@ pub enum Event {
     /// A step or an evaluation is done, or a start is given up.
     Reported(JobId, Report),
     /// All that is needed to go on later.
-    Checkpoint(JobId, Progress, Vec<u8>),
+    Checkpoint(JobId, Progress, Vec<u8>, Unwritten),
     /// The last step is done.
     Finished(JobId, Box<Run>),
     /// It will not end.
@@ -48,10 +48,13 @@ pub enum Event {
     },
 }
 
+/// Lives as long as a checkpoint that is not on disk: a job never has two of them in memory.
+pub type Unwritten = Arc<()>;
+
 /// What bounds a trainer.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Rows of a batch that several jobs share; a single job's batch may be larger.
+    /// Rows of a batch that several jobs share, virtual tokens counted; a single job's batch may be larger.
     pub batch_rows: usize,
     /// Bytes of activations that are kept from the way forward.
     pub activation_bytes: usize,
@@ -81,10 +84,12 @@ struct Under {
     at: Progress,
     /// How long after that the next checkpoint is due, if it has got further.
     due: Duration,
+    /// Held by the checkpoint that is being written.
+    unwritten: Unwritten,
 }
 
 /// The first checkpoint of a process is due after that time: others may wait for a sign that the job does no harm.
-const FIRST_CHECKPOINT: Duration = Duration::from_secs(10);
+const FIRST_CHECKPOINT: Duration = Duration::from_secs(1);
 
 struct Batch {
     step: Step,
@@ -118,7 +123,8 @@ impl Trainer {
                             } else {
                                 let due = self.bounds.checkpoint_every.min(FIRST_CHECKPOINT);
                                 let at = run.progress().clone();
-                                self.runs.insert(id, Under { run, saved: Instant::now(), at, due });
+                                let (saved, unwritten) = (Instant::now(), Unwritten::default());
+                                self.runs.insert(id, Under { run, saved, at, due, unwritten });
                             }
                         }
                         Err(e) => self.tell(Event::Failed(id, e)),
@@ -141,13 +147,14 @@ impl Trainer {
         let mut recompute = false;
         for id in order {
             let Some(next) = self.runs[id].run.work() else { continue };
-            let own: usize = next.examples.iter().map(|e| e.rows.len()).sum();
+            let plan = self.runs[id].run.plan();
+            let tasks: HashSet<usize> = next.examples.iter().map(|e| e.task).collect();
+            let own = next.examples.iter().map(|e| e.rows.len()).sum::<usize>() + tasks.len() * plan.leading_rows();
             if !jobs.is_empty() && rows + own > self.bounds.batch_rows {
                 continue;
             }
-            let settings = &self.runs[id].run.plan().settings;
-            recompute |= settings.recompute == Recompute::Always;
-            rows += own + settings.num_virtual_tokens;
+            recompute |= plan.settings.recompute == Recompute::Always;
+            rows += own;
             jobs.push(id.clone());
             work.push(next);
         }
@@ -207,12 +214,14 @@ impl Trainer {
             return;
         }
         let progress = under.run.progress().clone();
-        if under.saved.elapsed() >= under.due && progress != under.at {
+        let written = Arc::strong_count(&under.unwritten) == 1;
+        if under.saved.elapsed() >= under.due && progress != under.at && written {
             (under.saved, under.due) = (Instant::now(), self.bounds.checkpoint_every);
             under.at = progress.clone();
             match guarded(|| under.run.save()) {
                 Ok(bytes) => {
-                    self.tell(Event::Checkpoint(id, progress, bytes));
+                    let unwritten = under.unwritten.clone();
+                    self.tell(Event::Checkpoint(id, progress, bytes, unwritten));
                 }
                 Err(e) => self.fail(id, e),
             }
@@ -251,7 +260,7 @@ impl Drop for Trainer {
     fn drop(&mut self) {
         for (id, under) in std::mem::take(&mut self.runs) {
             match guarded(|| under.run.save()) {
-                Ok(bytes) => self.tell(Event::Checkpoint(id, under.run.progress().clone(), bytes)),
+                Ok(bytes) => self.tell(Event::Checkpoint(id, under.run.progress().clone(), bytes, under.unwritten)),
                 Err(e) => tracing::warn!(job = &*id, "no last checkpoint: {e}"),
             }
         }

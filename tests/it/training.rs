@@ -1,5 +1,5 @@
 //! Whole training runs of PEFT and torch against ours: every loss and the final weights.
-use crate::support::{asked_for, data, load};
+use crate::support::{asked_for, data, load, same_loss};
 use candle_core::{Device, Tensor};
 use prefixd::adapter::InputRow;
 use prefixd::config::DtypeChoice;
@@ -71,12 +71,14 @@ impl Run {
             .collect();
         let head = (!layers.is_empty()).then(|| TrainedHead::new(layers).unwrap());
         let number = |key: &str| self.log[key].as_f64().unwrap();
+        // Null: gradients are not clipped, which is 0 here. A log that says nothing is no such log.
+        let clip = self.log.get("clip_grad_norm").unwrap();
         let config = AdamWConfig {
             beta1: self.log["betas"][0].as_f64().unwrap(),
             beta2: self.log["betas"][1].as_f64().unwrap(),
             eps: number("eps"),
             weight_decay: number("weight_decay"),
-            max_gradient_norm: number("clip_grad_norm"),
+            max_gradient_norm: if clip.is_null() { 0.0 } else { clip.as_f64().unwrap() },
         };
         Job::with_head(PromptEncoder::new(kind, weights).unwrap(), head, placement, config).unwrap()
     }
@@ -108,7 +110,7 @@ impl Run {
         };
         let finals = self.weights("final.");
         let rows = self.tensors.get("final_prompt_embeddings");
-        let mut all = rows.map_or(0.0, |rows| worst(&job.encoder.rows().unwrap(), rows));
+        let mut all = rows.map_or(0.0, |rows| worst(&job.encoder.rows(&[0]).unwrap(), rows));
         for (name, var) in job.weights() {
             all = all.max(worst(var, &finals[name]));
         }
@@ -124,8 +126,11 @@ impl Run {
             Value::Null => serde_json::from_slice(&std::fs::read(root.join("dataset.json")).unwrap()).unwrap(),
             _ => self.log.clone(),
         };
-        let soft =
-            if self.job().placement == Placement::AmongRows { self.job().encoder.rows().unwrap().dims()[0] } else { 0 };
+        let soft = if self.job().placement == Placement::AmongRows {
+            self.job().encoder.rows(&[0]).unwrap().dims()[0]
+        } else {
+            0
+        };
         let example = |v: &Value| {
             let tokens = v["input_ids"].as_array().unwrap().iter();
             let tokens = tokens.map(|i| InputRow::Token(i.as_u64().unwrap() as u32));
@@ -159,15 +164,17 @@ fn steps(model: &Model, jobs: &mut [Job], examples: &[&[Example]], rate: &[f64],
     jobs.iter_mut().zip(&outcomes).zip(rate).map(update).collect()
 }
 
-/// Every run by itself, then all runs of a model in the same batches: the same losses to the bit. Runs of `peft/train` in
-/// the test data, and those that `tests/oracle/train.py` made.
+/// Every run by itself, then all runs of a model in the same batches: the same losses. Runs of `peft/train` in the test data, and
+/// those that `tests/oracle/train.py` made.
 #[test]
 fn training_oracle_runs() {
-    let mut count = walk(Path::new("tests/oracle/results/peft/train"));
-    if let Some(root) = data("peft/train") {
-        count += walk(&root);
-    }
+    let own = walk(Path::new("tests/oracle/results/peft/train"));
+    let given = data("peft/train").map(|root| walk(&root));
+    let chosen = std::env::var_os("PREFIXD_TEST_CASES").is_some();
+    assert!(given != Some(0) || chosen, "the test data has a folder of runs and none in it");
+    let count = own + given.unwrap_or(0);
     println!("{count} runs");
+    assert!(count > 0, "no run found");
 }
 
 fn walk(root: &Path) -> usize {
@@ -181,33 +188,34 @@ fn walk(root: &Path) -> usize {
         let model = load(root.join("..").join(name).to_str().unwrap(), DtypeChoice::F32);
         let runs: Vec<&Run> = runs.iter().filter(|r| r.log["model"] == name).collect();
         let batches: Vec<Vec<Vec<Example>>> = runs.iter().map(|run| run.batches(root)).collect();
-        let mut alone: Vec<Vec<u64>> = Vec::new();
+        let mut alone: Vec<Vec<f64>> = Vec::new();
         for (run, batches) in runs.iter().zip(&batches) {
-            let (mut job, mut worst, mut bits) = ([run.job()], 0f64, Vec::new());
+            let (mut job, mut worst, mut losses) = ([run.job()], 0f64, Vec::new());
             assert!(batches.len() >= run.number("total_steps"));
             for (s, examples) in batches.iter().take(run.number("total_steps")).enumerate() {
-                // Activations kept and computed again, in turn: the bits are the same, as the batch below shows.
+                // Activations kept and computed again, in turn: the losses are the same, as the batch below shows.
                 let keep = Activations::Keep(s % 3);
                 let (loss, got) = steps(&model, &mut job, &[examples], &[run.learning_rate(s)], keep)[0];
                 worst = worst.max(run.check_loss(s, loss));
-                bits.push(loss.to_bits());
+                losses.push(loss);
                 let norm = run.log["grad_norms_unclipped_f32"][s].as_f64().unwrap();
                 assert!((got - norm).abs() < 1e-4 * norm, "{} step {s}: {got} {norm}", run.name);
             }
             let weights = run.check_weights(&job[0]);
-            println!("{}: {} losses, largest difference {worst:.1e}; weights {weights:.1e}", run.name, bits.len());
-            alone.push(bits);
+            println!("{}: {} losses, largest difference {worst:.1e}; weights {weights:.1e}", run.name, losses.len());
+            alone.push(losses);
         }
         let mut jobs: Vec<Job> = runs.iter().map(|r| r.job()).collect();
-        for s in 0..runs[0].number("total_steps") {
+        // As long as all of them run.
+        for s in 0..runs.iter().map(|run| run.number("total_steps")).min().unwrap() {
             let rates: Vec<f64> = runs.iter().map(|run| run.learning_rate(s)).collect();
             let examples: Vec<&[Example]> = batches.iter().map(|b| &b[s][..]).collect();
             let reports = steps(&model, &mut jobs, &examples, &rates, Activations::Keep(usize::MAX));
-            for (((loss, _), bits), run) in reports.iter().zip(&alone).zip(&runs) {
-                assert_eq!(loss.to_bits(), bits[s], "{} step {s}: with others {loss}", run.name);
+            for (((loss, _), alone), run) in reports.iter().zip(&alone).zip(&runs) {
+                same_loss(alone[s], *loss, &format!("{} step {s}", run.name));
             }
         }
-        println!("{name}: {} jobs in one batch, the same bits of every loss", runs.len());
+        println!("{name}: {} jobs in one batch, the same losses", runs.len());
     }
     runs.len()
 }
@@ -225,7 +233,7 @@ fn training_oracle_prompt_encoders() {
     for (name, kind) in kinds {
         let load = |file: &str| candle_core::safetensors::load(root.join(name).join(file), &Device::Cpu).unwrap();
         let weights = load("encoder_state.safetensors").into_iter().collect();
-        let got = PromptEncoder::new(kind, weights).unwrap().rows().unwrap();
+        let got = PromptEncoder::new(kind, weights).unwrap().rows(&[0]).unwrap();
         let want = &load("adapter_model.safetensors")["prompt_embeddings"];
         let worst = (got - want).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
         let worst = worst.to_scalar::<f32>().unwrap();
@@ -255,7 +263,7 @@ fn training_sizes_are_those_of_the_weights() {
                 Settings { num_virtual_tokens: 3, num_tasks: 5, num_ranks: 2, encoder_num_layers: 3, ..usual };
             let encoder = init::encoder(&model, &settings, 1, &[5, 6]).unwrap();
             let numbers: usize = encoder.weights().map(|(_, var)| var.elem_count()).sum();
-            assert_eq!(init::size(model.info(), &settings), numbers, "{method:?} {reparametrisation:?}");
+            assert_eq!(init::size(model.info(), &settings, 0), numbers, "{method:?} {reparametrisation:?}");
         }
     }
 }

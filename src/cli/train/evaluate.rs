@@ -49,7 +49,7 @@ impl Eval {
             max_examples: self.limit.unwrap_or(0),
             skip_base: self.skip_base,
             generate: self.generate,
-            target_template: self.target_template.map(|t| t.replace("\\n", "\n")),
+            target_template: self.target_template.map(|t| unescaped(&t)),
         };
         let bar = terminal.bar();
         bar.set_length(0);
@@ -59,7 +59,7 @@ impl Eval {
         let measured = measured?.into_inner();
         terminal.json(&json(&measured));
         let side = if adapter_id.is_empty() { "bare base" } else { &adapter_id };
-        terminal.line(format!("{} examples", measured.examples));
+        terminal.line(format!("{} examples{}", measured.examples, left_out(&measured)));
         terminal.line(table(&measured, side).to_string());
         for answer in measured.answers.iter().take(SHOWN) {
             let mark = if answer.prediction.trim() == answer.target.trim() {
@@ -123,7 +123,19 @@ pub(super) fn change(measured: &proto::EvaluateResponse, adapter: &str, on: &str
         Some(base) => format!("bare base {:.1} % -> ", 100.0 * base.exact_match),
         None => String::new(),
     };
-    format!("  {what} on {n} {on} examples: {base}{adapter} {right:.1} %")
+    format!("  {what} on {n} {on} examples: {base}{adapter} {right:.1} %{}", left_out(measured))
+}
+
+fn left_out(measured: &proto::EvaluateResponse) -> String {
+    match measured.too_long {
+        0 => String::new(),
+        n => format!(" ({n} more do not fit into the context)"),
+    }
+}
+
+/// A template from the command line, where a line's end is written `\n`.
+pub(super) fn unescaped(template: &str) -> String {
+    template.replace("\\n", "\n")
 }
 
 pub(super) fn json(r: &proto::EvaluateResponse) -> Value {
@@ -135,6 +147,7 @@ pub(super) fn json(r: &proto::EvaluateResponse) -> Value {
     object!({
         "request_id": r.request_id,
         "examples": r.examples,
+        "too_long": r.too_long,
         "scores": r.scores.as_ref().map(scores),
         "base_scores": r.base_scores.as_ref().map(scores),
         "answers": r.answers.iter().map(answer).collect::<Vec<_>>(),

@@ -211,7 +211,7 @@ impl From<Settings> for proto::TrainingSettings {
             }
             .into(),
             // What the shell cannot easily say.
-            target_template: s.target_template.map(|t| t.replace("\\n", "\n")),
+            target_template: s.target_template.map(|t| super::evaluate::unescaped(&t)),
             append_eos: s.append_eos,
             keep_order: s.keep_order,
         }

@@ -17,10 +17,20 @@ use half::{bf16, f16};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 // The compiled kernels: `KERNELS: &[(file, fatbin)]`, one for each file of `kernels/`.
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Of the context that all devices opened in this process share. Opening one waits for all of its work, unloading kernels may, and
+/// whoever waits for a context spoils what another thread records in it. A server opens one device and never waits here; tests open many.
+static CONTEXT: Mutex<()> = Mutex::new(());
+
+/// Nobody else opens, closes or records meanwhile.
+fn alone() -> MutexGuard<'static, ()> {
+    // It guards no value that a panic could have left half done.
+    CONTEXT.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The device. All its work is on one stream, in order.
 pub struct Cuda {
@@ -54,6 +64,7 @@ impl Cuda {
     }
 
     fn open(index: usize) -> Result<Self> {
+        let _alone = alone();
         // A stream of its own: the default one belongs to a thread, and the model is loaded by another than runs it.
         let device = CudaDevice::new_with_stream(index).map_err(|e| {
             if lacks_memory(&e.to_string()) {
@@ -62,6 +73,9 @@ impl Cuda {
             let needs = "needs the NVIDIA driver (libcuda.so.1), libcublas.so.13 and libcurand.so.10, found by the loader (LD_LIBRARY_PATH)";
             candle_core::Error::Msg(format!("{}; a build for CUDA {needs}", without_trace(e)))
         })?;
+        // Never given back. The last to hold it may be any tensor, on any thread; cudarc then gives up the handles of cuBLAS and cuRAND, which
+        // waits for the context, and panics where they refuse, as they do once the device has failed. A server needs them until it ends.
+        std::mem::forget(device.clone());
         // SAFETY: there is one stream, so nothing needs an event to wait for.
         unsafe { device.disable_event_tracking() };
         let stream = device.cuda_stream();
@@ -110,6 +124,7 @@ impl Cuda {
 
     /// What `work` gives to the stream, which is not done: it can be launched as a whole.
     pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Recorded> {
+        let _alone = alone();
         let stream = self.device.cuda_stream();
         // Of this thread alone: others may ask the driver for memory meanwhile.
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
@@ -261,6 +276,15 @@ impl Cuda {
             Ok(()) => Ok(()),
             Err(e) => bail!("cuBLAS, {} x {} x {}: {e}", g.m, g.n, g.k),
         }
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        let _alone = alone();
+        // A kernel's handle keeps its module.
+        self.functions.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.modules.clear();
     }
 }
 

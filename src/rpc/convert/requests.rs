@@ -191,7 +191,7 @@ impl Room {
         let rule = format!(
             "but prefix {prefix} + prompt {prompt} + new {new} tokens must be at most {max_model_len} (max_model_len)"
         );
-        Err(Error::invalid(field, value, rule))
+        Err(Error::too_long(field, value, rule))
     }
 }
 

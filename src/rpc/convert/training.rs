@@ -26,6 +26,13 @@ pub fn settings(wire: proto::TrainingSettings) -> Result<Settings> {
             P::Projection => Reparametrisation::Projection,
         }
     };
+    let learning_rate = match wire.learning_rate {
+        None => usual.learning_rate,
+        Some(rate) if rate > 0.0 => rate,
+        Some(rate) => {
+            return Err(Error::invalid("settings.learning_rate", rate, "must be above 0; leave it out for the default"));
+        }
+    };
     Ok(Settings {
         method: match known("settings.method", wire.method, M::try_from(wire.method))? {
             M::Unspecified | M::PrefixTuning => TrainMethod::PrefixTuning,
@@ -47,7 +54,7 @@ pub fn settings(wire: proto::TrainingSettings) -> Result<Settings> {
         num_tasks: n(wire.num_tasks, usual.num_tasks),
         num_ranks: n(wire.num_ranks, usual.num_ranks),
         classification_head: wire.classification_head,
-        learning_rate: wire.learning_rate.unwrap_or(usual.learning_rate),
+        learning_rate,
         schedule: match known("settings.schedule", wire.schedule, S::try_from(wire.schedule))? {
             S::Unspecified | S::Linear => Schedule::Linear,
             S::Cosine => Schedule::Cosine,

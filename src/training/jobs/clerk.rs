@@ -1,5 +1,5 @@
 //! What happens to jobs after they were made: they start, report, are written down, end, and their adapters are published.
-use super::{Inner, JobState, Publish, Spec, Trained, micros, unknown};
+use super::{Inner, JobState, Publish, Published, Spec, Trained, micros, unknown};
 use crate::error::{Error, Kind, Result};
 use crate::training::dataset;
 use crate::training::export::export;
@@ -25,9 +25,11 @@ impl Inner {
                         entry.report(report);
                     }
                 }
-                Event::Checkpoint(id, progress, bytes) => {
+                Event::Checkpoint(id, progress, bytes, unwritten) => {
                     let waited_for = self.lock().get(&id).is_some_and(|e| e.row.starts > 0);
-                    match self.persist(&id, JobState::Running, Some((&progress, &bytes))) {
+                    let written = self.persist(&id, JobState::Running, Some((&progress, &bytes)));
+                    drop((bytes, unwritten));
+                    match written {
                         Err(e) => self.give_up(&id, &e.context("checkpoint")),
                         Ok(()) if waited_for => self.start_next(),
                         Ok(()) => {}
@@ -140,7 +142,7 @@ impl Inner {
     }
 
     fn finish(&self, id: &str, run: &Run, publish: &Publish) {
-        let publish = || -> Result<u64> {
+        let publish = || -> Result<Published> {
             let (spec, adapter_id) = {
                 let mut jobs = self.lock();
                 let entry = jobs.get_mut(id).ok_or_else(|| unknown(id))?;
@@ -158,7 +160,13 @@ impl Inner {
             publish(Trained { adapter_id, files, card, load, pinned })
         };
         match publish() {
-            Ok(generation) => self.end(id, JobState::Succeeded, "", generation),
+            Ok(Published::Serving(generation)) => self.end(id, JobState::Succeeded, "", generation),
+            Ok(Published::Stored) => self.end(id, JobState::Succeeded, "", 0),
+            // What was trained is not lost: it can be loaded when there is room.
+            Ok(Published::Waiting(e)) => {
+                let text = format!("the adapter is in the store, but not in service: {e}");
+                self.end(id, JobState::Succeeded, &text, 0);
+            }
             // The next server publishes it.
             Err(e) if self.stopping.load(Relaxed) || e.kind() == Kind::Unavailable => {
                 tracing::info!(job = id, "not published yet: {e}");

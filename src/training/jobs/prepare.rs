@@ -94,21 +94,21 @@ impl Inner {
     }
 
     /// Refuses weights that memory could not hold.
-    pub(super) fn check_weights(&self, settings: &Settings) -> Result<()> {
+    pub(super) fn check_weights(&self, plan: &Plan) -> Result<()> {
         // Each with its gradient and two moments, the best so far, and a checkpoint.
-        let weights = init::size(&self.base.info, settings).saturating_mul(size_of::<f32>());
+        let weights = init::size(&self.base.info, &plan.settings, plan.labels).saturating_mul(size_of::<f32>());
         let bytes = weights.saturating_mul(6);
         within(bytes, self.limits.weight_bytes, |mib, limit| {
             format!(
                 "the weights that `settings` ask for take {mib} MiB with what the optimiser keeps, at most {limit} \
-                 (training.weights_mib): look at `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
+                 (training.weights_mib): look at `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks`, `num_ranks` and the labels"
             )
         })?;
         // With two moments, and the best of this start and of all.
         within(weights.saturating_mul(5), MOST_BYTES, |mib, limit| {
             format!(
                 "a checkpoint of the weights that `settings` ask for takes {mib} MiB, at most {limit} can be written: look at \
-                 `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks` and `num_ranks`"
+                 `num_virtual_tokens`, `encoder_hidden_size`, `num_tasks`, `num_ranks` and the labels"
             )
         })
     }
@@ -127,18 +127,26 @@ impl Inner {
         let n = plan.train.len().max(1);
         let drawn = size > 1 && !plan.settings.keep_order;
         let trained = longest(&plan.train, if drawn { (size - 2) / n + 2 } else { size.div_ceil(n) });
-        let rows = trained.max(longest(&plan.evaluation, 1));
+        // Each task's virtual tokens and text run once in a batch, and each sequence has a share in the gradient of their K and V.
+        let tasks = plan.settings.num_tasks.clamp(1, size);
+        let leading = plan.leading_rows().saturating_mul(tasks);
+        let info = &self.base.info;
+        let share = plan.prefix_rows().saturating_mul(2 * info.num_kv_heads * info.head_dim * size_of::<f32>());
+        let rows = trained.max(longest(&plan.evaluation, 1)).saturating_add(leading);
         let layer = |rows: usize| rows.saturating_mul(self.base.row_bytes);
-        within(layer(rows), self.limits.batch_bytes, |mib, limit| {
+        let shares = share.saturating_mul(size);
+        within(layer(rows).saturating_add(shares), self.limits.batch_bytes, |mib, limit| {
             format!(
-                "`settings.batch_size` is {size}: the longest examples make {rows} rows, a layer of which takes {mib} MiB, \
-                 at most {limit} (training.batch_mib); take a smaller one and `accumulation_steps`"
+                "`settings.batch_size` is {size}: the longest examples and {leading} rows in front of them make {rows} rows, a layer of \
+                 which takes {mib} MiB, {} of them for gradients of the prefix, at most {limit} (training.batch_mib); take a smaller \
+                 one and `accumulation_steps`, or fewer `num_virtual_tokens`",
+                shares >> 20
             )
         })?;
         if plan.settings.recompute != Recompute::Never {
             return Ok(());
         }
-        let rows = trained + plan.settings.num_virtual_tokens;
+        let rows = trained.saturating_add(leading);
         within(layer(rows).saturating_mul(self.base.info.num_layers), self.limits.activation_bytes, |mib, limit| {
             format!(
                 "`settings.recomputation` is NEVER: what all layers keep of {rows} rows takes {mib} MiB, at most {limit} \

@@ -88,7 +88,7 @@ impl Desk {
 
     /// A checkpoint after `step` steps.
     fn checkpoint(&self, id: &JobId, step: usize, bytes: usize) {
-        self.clerk.send(Event::Checkpoint(id.clone(), after(step), vec![7; bytes])).unwrap();
+        self.clerk.send(Event::Checkpoint(id.clone(), after(step), vec![7; bytes], Default::default())).unwrap();
     }
 
     /// Waits until `id` is in `state`.
@@ -209,7 +209,10 @@ fn the_largest_batch_is_that_of_two_epochs() {
     let model = model();
     let create = |most_rows: usize, keep_order: bool| {
         let dir = tempfile::tempdir().unwrap();
-        let limits = Limits { batch_bytes: most_rows * model.activation_bytes_per_row(), ..LIMITS };
+        let info = model.info();
+        // Of each sequence of the batch, in the gradient of the prefix's K and V.
+        let share = 4 * Settings::default().num_virtual_tokens * 2 * info.num_kv_heads * info.head_dim;
+        let limits = Limits { batch_bytes: most_rows * model.activation_bytes_per_row() + 12 * share, ..LIMITS };
         let desk = Desk::open(&model, dir.path(), limits, Box::new(|_| panic!("nothing is published here")));
         let mut long = job("long");
         (long.settings.batch_size, long.settings.keep_order) = (12, keep_order);
@@ -218,7 +221,7 @@ fn the_largest_batch_is_that_of_two_epochs() {
     };
     let rows = |keep_order: bool| -> usize {
         let text = create(0, keep_order).unwrap_err().to_string();
-        text.split(" rows").next().unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+        text.split("make ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
     };
     let (once, twice) = (rows(true), rows(false));
     assert!(twice > once + 60, "{once} {twice}");
@@ -236,7 +239,7 @@ fn a_kill_while_publishing_publishes_again() {
         Box::new(move |trained| {
             sent.send(trained.files.files().unwrap()).unwrap();
             match result {
-                Some(generation) => Ok(generation),
+                Some(generation) => Ok(Published::Serving(generation)),
                 // Its thread stays behind, as that of a killed process would.
                 None => loop {
                     std::thread::park();
@@ -267,6 +270,43 @@ fn a_kill_while_publishing_publishes_again() {
     assert_eq!((job.state, job.generation, job.at), (JobState::Succeeded, 7, (0, 10)), "{}", job.error);
     assert!(published.recv().unwrap() == files, "the files differ");
     assert_eq!(jobs.news(&id, 0).unwrap().reports.len(), 10);
+}
+
+/// An adapter that finds no room in service is in the store, and its job says so.
+#[test]
+fn what_cannot_be_served_is_not_lost() {
+    let (model, dir) = (model(), tempfile::tempdir().unwrap());
+    let publish = |_| Ok(Published::Waiting(Error::exhausted("the KV pool is full", None)));
+    let Desk { jobs, orders, clerk } = Desk::open(&model, dir.path(), LIMITS, Box::new(publish));
+    let id = jobs.create(job("trained")).unwrap().id;
+    let mut trainer = Trainer::new(orders, clerk, bounds());
+    while !jobs.get(&id).unwrap().state.ended() {
+        trainer.slice(&model);
+    }
+    let job = jobs.get(&id).unwrap();
+    assert_eq!((job.state, job.generation), (JobState::Succeeded, 0));
+    assert!(job.error.contains("in the store, but not in service: the KV pool is full"), "{}", job.error);
+}
+
+/// Virtual tokens and the text beside them count for each task of a batch, and so do the sequences' shares in their gradient.
+#[test]
+fn prefixes_count_in_a_batch() {
+    let (model, dir) = (model(), tempfile::tempdir().unwrap());
+    let limits = Limits { batch_bytes: 8000 * model.activation_bytes_per_row(), ..LIMITS };
+    let desk = Desk::open(&model, dir.path(), limits, Box::new(|_| panic!("nothing is published here")));
+    let refused = |name: &str, method: TrainMethod, tasks: usize, n: usize| {
+        let mut new = job(name);
+        let s = &mut new.settings;
+        (s.method, s.num_tasks, s.num_virtual_tokens, s.batch_size) = (method, tasks, n, 512);
+        new.data.iter_mut().enumerate().for_each(|(i, r)| r.task_id = Some((i % tasks.max(1)) as u32));
+        desk.jobs.create(new).err().map(|e| e.to_string())
+    };
+    let many = refused("a", TrainMethod::MultitaskPromptTuning, 200, 100).unwrap();
+    assert!(many.contains("20000 rows in front of them") && many.contains("training.batch_mib"), "{many}");
+    // As many tasks as prompts fit.
+    assert_eq!(refused("b", TrainMethod::MultitaskPromptTuning, 2, 100), None);
+    let shares = refused("c", TrainMethod::PrefixTuning, 0, 250);
+    assert_eq!(refused("d", TrainMethod::PrefixTuning, 0, 2), None, "{shares:?}");
 }
 
 /// A job that ends the process each time it runs is given up after a while; the one beside it is not blamed, and goes on.

@@ -21,7 +21,6 @@ pub(super) struct Packer {
 }
 
 /// What the sequences of one task attend to.
-#[derive(Clone)]
 struct Shared {
     /// Rows of K and V.
     prefix: Range<usize>,
@@ -34,29 +33,26 @@ impl Packer {
         Packer { batch: PackedBatch::default(), stored, used: (0, 0), encoder }
     }
 
-    pub fn job(&mut self, work: &Work<'_>, rows: Tensor) -> Result<Part> {
+    /// Adds a job's sequences; `rows` are the prompt encoder's of [`Work::tasks`].
+    pub fn job(&mut self, work: &Work<'_>, rows: Tensor, tasks: &[u32]) -> Result<Part> {
         let (job, n) = (work.job, rows.dim(0)?);
         let used = if job.placement == Placement::Stored { &mut self.used.0 } else { &mut self.used.1 };
         let own = *used..*used + n;
         *used += n;
-        let per_task = n / job.encoder.tasks();
+        let per_task = n / tasks.len().max(1);
         let (first, start) = (self.batch.wanted.len(), self.batch.inputs.len());
-        let mut shared: HashMap<usize, Shared> = HashMap::new();
+        let shared: HashMap<usize, (u32, Shared)> = tasks
+            .iter()
+            .enumerate()
+            .map(|(i, task)| {
+                let soft = (own.start + i * per_task) as u32;
+                (*task as usize, (soft, self.shared(job, own.start, soft, per_task)))
+            })
+            .collect();
         let (mut targets, mut ends) = (Vec::new(), Vec::new());
         for example in &work.examples {
-            if example.task >= job.encoder.tasks() {
-                let rule = format!("the job has {} tasks, counted from 0", job.encoder.tasks());
-                return Err(Error::invalid("task_id", example.task, rule));
-            }
-            let soft = own.start + example.task * per_task;
-            let common = match shared.get(&example.task) {
-                Some(common) => common.clone(),
-                None => {
-                    let common = self.shared(job, own.start, soft as u32, per_task);
-                    shared.entry(example.task).or_insert(common).clone()
-                }
-            };
-            self.example(example, soft as u32, &common, &mut targets)?;
+            let (soft, common) = &shared[&example.task];
+            self.example(example, *soft, common, &mut targets)?;
             ends.push(targets.len());
         }
         if targets.is_empty() {
