@@ -31,8 +31,8 @@ const OWN: usize = 128;
 struct Bench {
     gpu: Gpu,
     machine: Arc<Machine>,
-    /// Larger than the L2.
-    flush: Buffer,
+    /// Larger than any L2.
+    flush: Tensor,
     only: Vec<String>,
     tries: usize,
     bandwidth: f64,
@@ -53,7 +53,7 @@ fn main() -> Result<()> {
     };
     let only = value("only").map_or(Vec::new(), |list| list.split(',').map(str::to_owned).collect());
     let machine = Machine::with_gpu(1, gpu.clone());
-    let flush = Buffer::poisoned(&gpu, 256 << 20)?;
+    let flush = Tensor::zeros((1 << 15, 1 << 13), DType::BF16, &gpu.device())?;
     let mut bench = Bench { gpu, machine, flush, only, tries, bandwidth: 0.0, peak: 0.0 };
     bench.measure_limits()?;
     bench.linear()?;
@@ -66,12 +66,13 @@ impl Bench {
         (Tensor::randn(0f32, 1.0, (rows, columns), &self.gpu.device())? * scale)?.to_dtype(DType::BF16)
     }
 
-    /// Median seconds of `work`, each time with a cold L2. The flush is long enough for all launches to be queued behind it.
+    /// Median seconds of `work`, each time with a cold L2: other memory is read before it. Written, it would lie in the L2 until it is written
+    /// back, on the time of `work`. 512 MiB take long enough for all launches to be queued behind them.
     fn seconds(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
         work()?;
         let mut times = (0..self.tries)
             .map(|_| {
-                self.flush.fill(1)?;
+                drop(self.flush.sum(1)?);
                 self.gpu.timed(&mut work)
             })
             .collect::<Result<Vec<_>>>()?;

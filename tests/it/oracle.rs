@@ -33,7 +33,10 @@ pub fn models() -> Vec<PathBuf> {
     let own = Path::new("tests/oracle/results/peft").to_owned();
     let roots = data("peft").into_iter().chain(own.is_dir().then_some(own));
     let all = roots.flat_map(|root| folders(&root)).filter(|dir| dir.join("config.json").is_file());
-    all.filter(|dir| support::asked_for(dir)).collect()
+    let all: Vec<PathBuf> = all.filter(|dir| support::asked_for(dir)).collect();
+    // What compares nothing must not pass.
+    assert!(!all.is_empty(), "PREFIXD_TEST_CASES names no model that is there");
+    all
 }
 
 fn ids(v: &Value) -> Vec<u32> {
@@ -223,7 +226,7 @@ fn oracle_peft_with_halves_of_k_and_v() {
 /// which near the end is of the size of the largest logit. The bound is sqrt(a_layer * layers) * 2^-bits of that on average over
 /// all logits; single ones may be four times as far off.
 fn within_roundings(name: &str, options: LoadOptions, a_layer: f64, bits: i32) {
-    let mut worst_share = 0f64;
+    let (mut cases, mut worst_share) = (0, 0f64);
     for dir in models() {
         let model = support::load_with(dir.to_str().unwrap(), options).unwrap();
         if model.info().encoder {
@@ -242,9 +245,11 @@ fn within_roundings(name: &str, options: LoadOptions, a_layer: f64, bits: i32) {
             assert!(mean > 0.0 && mean < unit * largest, "{}: mean {mean}", case.dir.display());
             assert!(most < 4.0 * unit * largest, "{}: {most} of {largest}", case.dir.display());
             worst_share = worst_share.max(most / (4.0 * unit * largest));
+            cases += 1;
         }
     }
-    println!("{name}: at most {:.0} % of the bound", worst_share * 100.0);
+    assert!(cases > 0, "no case of a decoder found");
+    println!("{name}: {cases} cases, at most {:.0} % of the bound", worst_share * 100.0);
 }
 
 enum Expected {

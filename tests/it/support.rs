@@ -166,6 +166,16 @@ pub fn same(a: &Answer, b: &Answer, what: &str) {
     }
 }
 
+/// Losses of a training job alone and beside others: the same bits on the processor. On a GPU a library multiplies, by a kernel that it
+/// chooses by the number of rows, and the optimiser carries those roundings of f32 from step to step.
+pub fn same_loss(alone: f64, together: f64, what: &str) {
+    let close = match device() {
+        Device::Cpu => alone.to_bits() == together.to_bits(),
+        _ => (alone - together).abs() <= 2e-6 * alone.abs().max(1.0),
+    };
+    assert!(close, "{what}: {alone}, with others {together}");
+}
+
 /// A request with the defaults of a test.
 pub fn request(prefix: Option<Arc<Prefix>>, tokens: &[u32], max_new_tokens: usize) -> Request {
     Request {

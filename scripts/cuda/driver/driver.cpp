@@ -106,7 +106,7 @@ API cuStreamSynchronize(void* handle) {
 }
 API cuCtxSynchronize() {
     ENTER;
-    TRY(the().refuse_while_recording("cuCtxSynchronize"));
+    TRY(the().refuse_while_any_records("cuCtxSynchronize"));
     return the().drain_all();
 }
 API cuEventCreate(void** out, unsigned flags) {

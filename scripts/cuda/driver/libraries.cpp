@@ -21,7 +21,13 @@ bool known(int type) { return type == F32 || type == F16 || type == BF16; }
 }  // namespace
 
 API cublasCreate_v2(void** out) { return *out = new Handle, 0; }
-API cublasDestroy_v2(void* handle) { return delete static_cast<Handle*>(handle), 0; }
+// By its manual it waits for the device.
+API cublasDestroy_v2(void* handle) {
+    Lock guard(the().lock);
+    delete static_cast<Handle*>(handle);
+    // Its codes are its own: CUBLAS_STATUS_INTERNAL_ERROR.
+    return the().refuse_while_any_records("cublasDestroy") || the().drain_all() ? 14 : 0;
+}
 API cublasSetStream_v2(void* handle, void* stream) { return static_cast<Handle*>(handle)->stream = static_cast<Stream*>(stream), 0; }
 API cublasSetWorkspace_v2(void*, void* memory, size_t bytes) {
     Lock guard(the().lock);

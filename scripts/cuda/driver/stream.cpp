@@ -145,6 +145,14 @@ int Device::refuse_while_recording(const char* call) {
     return SUCCESS;
 }
 
+int Device::refuse_while_any_records(const char* call) {
+    int status = SUCCESS;
+    for (auto* stream : streams) {
+        if (stream->recording) status = refuse_recording(stream, CAPTURE_UNSUPPORTED, std::string(call) + " while a thread records a graph");
+    }
+    return status;
+}
+
 int Device::refuse_recording(Stream* stream, int status, const std::string& why) {
     stream->broken = true;
     return complain(status, why);

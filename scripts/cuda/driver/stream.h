@@ -85,6 +85,8 @@ struct Device {
     int put(Stream* stream, Work work);
     // What the calling thread may not do while it records.
     int refuse_while_recording(const char* call);
+    // What nobody may do while any thread records: wait for the whole context. It spoils that recording.
+    int refuse_while_any_records(const char* call);
     // Makes the recording worthless, and says why.
     int refuse_recording(Stream* stream, int status, const std::string& why);
     int complain(int status, const std::string& why);

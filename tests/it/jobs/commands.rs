@@ -13,7 +13,8 @@ impl Shell<'_> {
     fn run(&self, arguments: &str) -> Output {
         let address = self.served.address.trim_start_matches("http://");
         let mut command = Command::new(env!("CARGO_BIN_EXE_prefixd"));
-        command.args(arguments.split_whitespace()).args(["--server", address]).current_dir(self.dir);
+        // `~` stands for a space within an argument.
+        command.args(arguments.split_whitespace().map(|a| a.replace('~', " "))).args(["--server", address]).current_dir(self.dir);
         // The server answers on the runtime's other threads.
         tokio::task::block_in_place(|| command.output()).unwrap()
     }
@@ -81,6 +82,17 @@ async fn an_adapter_is_trained_and_measured_by_commands() {
     for part in ["10 examples", "bare base", "exact match", "BLEU", "ROUGE-L", "perplexity"] {
         assert!(table.contains(part), "{part}: {table}");
     }
+
+    // Lines that are longer than the context are left out, of training and of what is measured; a template's line end is typed `\n`.
+    let long = serde_json::json!({ "input": "soup ".repeat(2000), "target": "positive" });
+    std::fs::write(dir.path().join("long.jsonl"), format!("{}{long}\n", lines(20))).unwrap();
+    let template = "--target-template {{~target~}}\\n";
+    let done = shell.json(&format!("train long.jsonl --adapter words --steps 4 --virtual-tokens 5 {template}"));
+    let at_end = &done["evaluation"];
+    assert_eq!((&at_end["examples"], &at_end["too_long"]), (&20.into(), &1.into()), "{done}");
+    let measured = shell.json(&format!("eval long.jsonl --adapter words {template}"));
+    assert_eq!(measured["scores"]["perplexity"], at_end["scores"]["perplexity"]);
+    assert!(shell.text("eval long.jsonl --adapter words").contains("20 examples (1 more do not fit into the context)"));
 
     // One that is left alone, then ended; and what is asked wrongly.
     let detached = shell.json(&format!("{train} --adapter endless --steps 1000000 --detach"));

@@ -302,6 +302,47 @@ async fn a_head_is_trained_and_classifies() {
     assert!(measured.base_scores.is_none(), "the bare base has no such head");
 }
 
+/// P-tuning v2 and virtual tokens on an encoder base, whose own head is random here: the trained one classifies.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encoder_learns_classes() {
+    let model = format!("{}/tests/oracle/results/peft/bert_seqcls", env!("CARGO_MANIFEST_DIR"));
+    let served = Served::with(Config { model, adapters: None, drain_seconds: 20, ..Config::default() }).await;
+    let mut client = client(&served).await;
+    // A class is whether w7 is among the words.
+    let words = |n: usize| -> Vec<proto::TrainingExample> {
+        let one = |i: usize| {
+            let (a, b) = (10 + i * 7 % 50, 10 + i * 11 % 50);
+            let input = if i % 2 == 0 { format!("w1 w{a} w7 w{b}") } else { format!("w1 w{a} w{b} w5") };
+            let target = if i % 2 == 0 { "there" } else { "absent" };
+            proto::TrainingExample { input, targets: vec![target.into()], ..Default::default() }
+        };
+        (0..n).map(one).collect()
+    };
+    for method in [TrainingMethod::PrefixTuning, TrainingMethod::PromptTuning, TrainingMethod::PTuning] {
+        let adapter_id = method.as_str_name().to_lowercase();
+        let mut request = job(&adapter_id, 200);
+        request.task_card = String::new();
+        request.data = inline(words(40));
+        request.evaluation_data = inline(words(20));
+        let settings = request.settings.as_mut().unwrap();
+        settings.set_method(method);
+        (settings.classification_head, settings.target_template) = (true, None);
+        let (steps, evaluations, _) = trained(&mut client, request).await;
+        assert!(steps[199].loss < 0.5 * steps[0].loss, "{adapter_id}: {} {}", steps[0].loss, steps[199].loss);
+        let evaluate =
+            proto::EvaluateRequest { adapter_id: adapter_id.clone(), data: inline(words(20)), ..Default::default() };
+        let scores = client.evaluate(evaluate).await.unwrap().into_inner().scores.unwrap();
+        // Serving says what training's evaluation said.
+        near(scores.exact_match, evaluations[0].exact_match, &adapter_id);
+        assert!(scores.exact_match > 0.9, "{adapter_id}: {scores:?}");
+    }
+    // What a decoder's job is by default is refused, with the reason.
+    let mut without = job("without", 5);
+    (without.task_card, without.data) = (String::new(), inline(words(8)));
+    let refused = create(&mut client, without).await.unwrap_err();
+    assert!(refused.message().contains("settings.classification_head"), "{refused}");
+}
+
 /// The data's task, the first one too, comes before the card's.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_data_says_which_task_answers() {
