@@ -2,9 +2,10 @@
 //! the card's own events. Shapes of a Llama 8B in bf16. `benches/peers/torch_ops.py` has torch do the same work.
 //!
 //! `cargo bench --features cuda --bench ops -- [device=cuda:0] [only=NAME,...] [--tries N]`. Prints one JSON object a line: `us`, what is
-//! read and written at least and how much of the bandwidth that is, what is multiplied and how much of the peak.
+//! read and written at least and how much of the bandwidth that is, what is multiplied and how much of the peak. Attention is held against its
+//! formula and against itself without groups, linear layers against cuBLAS: what differs ends the run.
 #![allow(clippy::unwrap_used, missing_docs)]
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
 use prefixd::ops::activation::{Activation, Function};
 use prefixd::ops::cross_entropy::cross_entropy;
@@ -19,6 +20,7 @@ use prefixd::ops::rope::Frequencies;
 use prefixd::ops::sample::Filter;
 use prefixd::ops::sample::device::{Block, Choices, Penalties, Sampling};
 use prefixd::ops::{Machine, Vector};
+use std::ops::Range;
 use std::sync::Arc;
 
 const HIDDEN: usize = 4096;
@@ -129,6 +131,13 @@ impl Bench {
             let layer = Linear::new(&[w.to_device(&Device::Cpu)?], &[None], &self.machine)?;
             for m in [1, 4, 8, 16, 32, 64, 512] {
                 let x = self.normal(m, k, 1.0)?;
+                let flat = |y: Tensor| Machine::to_host(&y)?.flatten_all()?.to_vec1::<f32>();
+                let (y, want) = (flat(layer.forward(&x)?)?, flat(x.matmul(&w.t()?)?)?);
+                let most = want.iter().fold(0f32, |most, y| most.max(y.abs()));
+                // Both are sums in f32, rounded to bf16.
+                if y.iter().zip(&want).any(|(a, b)| (a - b).abs().is_nan() || (a - b).abs() > most / 128.0) {
+                    bail!("linear {name}, {m} rows: not what cuBLAS makes of it");
+                }
                 let own = self.seconds(|| layer.forward(&x).map(drop))?;
                 let cublas = self.seconds(|| x.matmul(&w.t()?).map(drop))?;
                 let work = [2.0 * (n * k + m * k + m * n) as f64, 2.0 * (m * n * k) as f64];
@@ -179,18 +188,22 @@ impl Bench {
             let (views, table) = Self::views(sequences, adapters, prefix, rows);
             let slots = (table.iter().max().map_or(0, |s| *s as usize) + PAGE).max(PAGE);
             let slabs = Slabs::new(&self.gpu, DType::BF16, slots, LAYOUT)?;
-            let noise: Vec<bf16> =
-                (0..slots * width).map(|i| bf16::from_f32(((i * 40_503) & 1023) as f32 / 512.0 - 1.0)).collect();
+            let noise: Vec<bf16> = (0..slots * width).map(|i| bf16::from_f32(noise(i))).collect();
             slabs.keys.write(0, &noise)?;
             slabs.values.write(0, &noise)?;
             let q = self.normal(sequences * rows, HEADS * LAYOUT.head_dim, 1.0)?;
             let step = Step { sequences: &views, table: &table, slots, layout: LAYOUT, heads: HEADS, attention };
-            let run = |group| {
+            let run = |group| -> Result<(Vec<Vec<f32>>, f64)> {
                 let split = Split::Auto { sms: self.gpu.multiprocessors() };
                 let plan = Arc::new(DevicePlan::new(&self.gpu, &step, split, group, &scratch)?);
-                self.seconds(|| attend(&self.gpu, &q, &slabs, &plan).map(drop))
+                let out = Machine::to_host(&attend(&self.gpu, &q, &slabs, &plan)?)?.to_vec2::<f32>()?;
+                Ok((out, self.seconds(|| attend(&self.gpu, &q, &slabs, &plan).map(drop))?))
             };
-            let (auto, alone) = (run(Group::Auto)?, run(Group::Never)?);
+            let ((out, auto), (apart, alone)) = (run(Group::Auto)?, run(Group::Never)?);
+            if out != apart {
+                bail!("attention of {sequences} x {rows}, prefix {prefix}: groups change bits");
+            }
+            self.check_attention(&q, &views, &table, &out)?;
             let seen = adapters.min(sequences) * prefix + sequences * (OWN + rows);
             let pairs = sequences * rows * prefix + sequences * (rows * OWN + rows * (rows + 1) / 2);
             let io = 4 * sequences * rows * HEADS * LAYOUT.head_dim;
@@ -198,6 +211,43 @@ impl Bench {
             let shape =
                 format!("{sequences} sequences of {rows} rows, {adapters} adapters, prefix {prefix}, own {OWN}");
             self.report("attention", &shape, work, auto, Some(("ungrouped_over_own", alone)));
+        }
+        Ok(())
+    }
+
+    /// Some rows and heads against the formula in f64: what no test of small models launches is launched here.
+    fn check_attention(&self, q: &Tensor, views: &[SequenceView], table: &[u32], out: &[Vec<f32>]) -> Result<()> {
+        let (dim, group) = (LAYOUT.head_dim, HEADS / LAYOUT.kv_heads);
+        let q = Machine::to_host(q)?.to_vec2::<f32>()?;
+        let last = views.len() - 1;
+        for (s, head) in [(0, 0), (last / 2, group), (last, HEADS - 1)] {
+            let view = &views[s];
+            for row in [view.rows.start, view.rows.end - 1] {
+                let slot = |pages: &Range<usize>, p: usize| table[pages.start + p / PAGE] as usize + p % PAGE;
+                let own = view.first + row - view.rows.start + 1;
+                let slots = (0..view.prefix_len).map(|p| slot(&view.prefix_pages, p));
+                let slots: Vec<usize> = slots.chain((0..own).map(|p| slot(&view.own_pages, p))).collect();
+                let value = |slot: usize, d: usize| {
+                    f64::from(bf16::from_f32(noise((slot * LAYOUT.kv_heads + head / group) * dim + d)).to_f32())
+                };
+                let q = &q[row][head * dim..(head + 1) * dim];
+                let score = |slot: &usize| -> f64 {
+                    let dot: f64 = q.iter().enumerate().map(|(d, q)| f64::from(*q) * value(*slot, d)).sum();
+                    dot / (dim as f64).sqrt()
+                };
+                let scores: Vec<f64> = slots.iter().map(score).collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+                let norm: f64 = weights.iter().sum();
+                for d in 0..dim {
+                    let want = slots.iter().zip(&weights).map(|(slot, w)| w * value(*slot, d)).sum::<f64>() / norm;
+                    let got = f64::from(out[row][head * dim + d]);
+                    // Values are within 1; weights and the result are rounded to bf16.
+                    if (got - want).abs().is_nan() || (got - want).abs() > 1e-2 {
+                        bail!("attention: row {row}, head {head}, element {d} is {got}, should be {want}");
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -274,6 +324,11 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// K and V by their place.
+fn noise(i: usize) -> f32 {
+    ((i * 40_503) & 1023) as f32 / 512.0 - 1.0
 }
 
 fn gcd(a: u32, b: u32) -> u32 {

@@ -20,6 +20,7 @@ mod pool;
 mod popularity;
 mod record;
 mod report;
+mod schedule;
 mod stop;
 mod sweep;
 mod tasks;
@@ -43,18 +44,18 @@ pub use measure::{Metrics, Summary};
 pub use point::Point;
 pub use pool::{Method, Recipe};
 pub use popularity::Popularity;
-pub use record::{Limits, Outcome, Record};
+pub use record::{INCOMPLETE, Limits, Outcome, Record};
 pub use report::{Report, Setup};
 pub use stop::{Stop, Stopper};
 pub use sweep::{RateSearch, Sweep};
 pub use tasks::Tasks;
-pub use timeline::{Sample, ServerCounts};
+pub use timeline::{Level, Occupancy, Sample, ServerCounts};
 pub use workload::{Phase, Planned, Synthetic, Tenant, Workload};
 
 use driver::Driver;
 use pool::Pool;
 
-/// Of the requests of a rate, so many must be within the limits for the rate to hold.
+/// Of the requests that a rate asks for, sent or not, so many must be within the limits for the rate to hold.
 pub const HOLDS: f64 = 0.9;
 
 /// What to do to a server.
@@ -70,7 +71,8 @@ pub struct Plan {
     pub until: Until,
     /// Requests before the run that are not counted, of each point of a sweep.
     pub warmup: u64,
-    /// Where every draw comes from.
+    /// Where every draw comes from. A server that has seen a seed's random prompts answers them from its cache; so each
+    /// run of a sweep has prompts of its own, in the same sizes and for the same tenants.
     pub seed: u64,
     /// A request that takes longer has failed.
     pub timeout: Duration,
@@ -183,11 +185,11 @@ impl Bench<'_> {
             Requests::Tasks(_) => 0,
         };
         match &self.plan.sweep {
-            None => points.extend(self.point(made, self.plan.load, None, watch).await?),
+            None => points.extend(self.point(0, made, self.plan.load, None, watch).await?),
             Some(Sweep::Adapters(counts)) => {
-                for &count in counts {
+                for (number, &count) in counts.iter().enumerate() {
                     watch(Progress::Point(format!("{count} adapters")));
-                    points.extend(self.point(count, self.plan.load, Some(count as f64), watch).await?);
+                    points.extend(self.point(number, count, self.plan.load, Some(count as f64), watch).await?);
                 }
             }
             Some(Sweep::Rate { from, to }) => {
@@ -195,8 +197,8 @@ impl Bench<'_> {
                 while let Some(rate) = search.next_rate().filter(|_| !self.stop.is_stopped()) {
                     watch(Progress::Point(format!("{rate:.4} requests/s")));
                     let load = Load::Rate { rate, cv: self.plan.load.cv() };
-                    let Some(point) = self.point(made, load, Some(rate), watch).await? else { break };
-                    search.tell(point.metrics.good_share.unwrap_or(0.0) >= HOLDS);
+                    let Some(point) = self.point(points.len(), made, load, Some(rate), watch).await? else { break };
+                    search.tell(point.metrics.holds());
                     points.push(point);
                 }
             }
@@ -204,9 +206,10 @@ impl Bench<'_> {
         Ok(points)
     }
 
-    /// One run: adapters, warm-up, requests. `None`: stopped before the first request.
+    /// The run of that number, from 0: adapters, warm-up, requests. `None`: stopped before the first request.
     async fn point(
         &mut self,
+        number: usize,
         adapters: usize,
         load: Load,
         swept: Option<f64>,
@@ -218,7 +221,7 @@ impl Bench<'_> {
         if self.stop.is_stopped() {
             return Ok(None);
         }
-        let workload = Arc::new(self.workload(adapters)?);
+        let workload = Arc::new(self.workload(number, adapters)?);
         let driver = Driver {
             channels: self.channels,
             workload: Arc::clone(&workload),
@@ -244,20 +247,21 @@ impl Bench<'_> {
         };
         let ran = driver.run(load, self.plan.until, Phase::Measured, self.plan.seed, &mut running).await?;
         let seen = sampler.finish(ran.epoch).await;
-        let point = Point::new(self.plan, &workload, load, swept, ran.records, seen);
+        let point = Point::new(self.plan, &workload, load, swept, ran, seen);
         if swept.is_some() {
             watch(Progress::Measured(Box::new(point.clone())));
         }
         Ok(Some(point))
     }
 
-    fn workload(&self, adapters: usize) -> Result<Workload> {
+    fn workload(&self, number: usize, adapters: usize) -> Result<Workload> {
         let (seed, popularity) = (self.plan.seed, self.plan.popularity);
         match (&self.plan.requests, &self.pool) {
             (Requests::Tasks(tasks), _) => Workload::of_tasks(tasks.clone(), popularity, seed),
             (Requests::Synthetic { synthetic, .. }, Some(pool)) => {
                 let popularity = popularity.unwrap_or(Popularity::Uniform);
-                Workload::synthetic(synthetic.clone(), pool.tenants(adapters), popularity, seed, &self.facts)
+                let tenants = pool.tenants(adapters);
+                Ok(Workload::synthetic(synthetic.clone(), tenants, popularity, seed, &self.facts)?.of_point(number))
             }
             (Requests::Synthetic { .. }, None) => Err(Error::internal("a synthetic run has no pool")),
         }

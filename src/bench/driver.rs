@@ -2,15 +2,19 @@
 //!
 //! Each request is a task with a stream of its own over one of a few channels; one loop starts them and takes in what
 //! they bring. Nothing a request does holds up the next.
-use super::arrivals::Arrivals;
-use super::record::{Outcome, Record};
+use super::record::{INCOMPLETE, Outcome, Record};
+use super::schedule::Schedule;
 use super::stop::Stop;
 use super::workload::{Phase, Planned, Workload};
 use crate::error::{Error, Result};
+use crate::rpc::convert::status_name;
+use crate::rpc::proto::GenerateStreamResponse;
 use crate::rpc::proto::inference_service_client::InferenceServiceClient;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
@@ -33,7 +37,7 @@ pub enum Load {
 pub enum Until {
     /// After so many requests.
     Requests(u64),
-    /// After that time.
+    /// After that time by the clock, also where requests that were due by then are not sent yet.
     Elapsed(Duration),
 }
 
@@ -80,6 +84,8 @@ pub(super) struct Driver<'a> {
 pub(super) struct Ran {
     /// All requests that were sent, in the order of their ends.
     pub records: Vec<Record>,
+    /// Requests that were due, but that could not be sent in time.
+    pub unsent: usize,
     /// What the records' times count from.
     pub epoch: Instant,
 }
@@ -94,27 +100,21 @@ impl Driver<'_> {
         seed: u64,
         watch: &mut dyn FnMut(u64, &Record, Duration),
     ) -> Result<Ran> {
-        let mut arrivals = match load {
-            Load::Rate { rate, cv } => Some(Arrivals::new(rate, cv, seed)?),
-            Load::Concurrency(_) => None,
-        };
         let most = match load {
             Load::Rate { .. } => usize::MAX,
             Load::Concurrency(n) => n.max(1),
         };
+        let mut schedule = Schedule::new(load, until, seed)?;
         let epoch = Instant::now();
         let (mut under_way, mut records) = (JoinSet::new(), Vec::new());
-        let mut index = 0;
-        let mut due = arrivals.as_mut().and_then(Iterator::next);
-        loop {
-            let over = self.stop.is_stopped()
-                || match until {
-                    Until::Requests(n) => index >= n,
-                    Until::Elapsed(time) => due.unwrap_or_else(|| epoch.elapsed()) >= time,
-                };
-            if over && under_way.is_empty() {
-                break;
-            }
+        let mut take_in = |ended: std::result::Result<Record, JoinError>| -> Result<()> {
+            let record = ended.map_err(|e| Error::internal(format!("a request's task: {e}")))?;
+            watch(records.len() as u64 + 1, &record, epoch.elapsed());
+            records.push(record);
+            Ok(())
+        };
+        while !self.stop.is_stopped() && !schedule.is_over(epoch.elapsed()) {
+            let due = schedule.due();
             let ripe = async {
                 if let Some(due) = due.filter(|due| *due > epoch.elapsed()) {
                     tokio::time::sleep_until((epoch + due).into()).await;
@@ -123,7 +123,8 @@ impl Driver<'_> {
             tokio::select! {
                 // Requests are sent before answers are looked at: the load is what was asked for.
                 biased;
-                () = ripe, if !over && under_way.len() < most => {
+                () = ripe, if under_way.len() < most => {
+                    let index = schedule.advance();
                     let planned = self.workload.request(phase, index);
                     let channel = self.channels[index as usize % self.channels.len()].clone();
                     let sending = Sending {
@@ -134,20 +135,23 @@ impl Driver<'_> {
                         stop: self.stop.clone(),
                     };
                     under_way.spawn(sending.send(planned));
-                    index += 1;
-                    due = arrivals.as_mut().and_then(Iterator::next);
-                }
-                Some(ended) = under_way.join_next() => {
-                    let record: Record = ended.map_err(|e| Error::internal(format!("a request's task: {e}")))?;
-                    records.push(record);
-                    if let Some(record) = records.last() {
-                        watch(records.len() as u64, record, epoch.elapsed());
+                    // A generator that is behind never waits, and comes by here alone. Two for each that is sent:
+                    // what has ended cannot pile up, nor hold up the next sending.
+                    for ended in (0..2).map_while(|_| under_way.try_join_next()) {
+                        take_in(ended)?;
                     }
+                    // Nor does it keep others from this thread.
+                    tokio::task::coop::consume_budget().await;
                 }
-                () = self.stop.stopped(), if !over => {}
+                Some(ended) = under_way.join_next() => take_in(ended)?,
+                () = self.stop.stopped() => {}
             }
         }
-        Ok(Ran { records, epoch })
+        let sent_until = epoch.elapsed();
+        while let Some(ended) = under_way.join_next().await {
+            take_in(ended)?;
+        }
+        Ok(Ran { records, unsent: schedule.unsent(sent_until), epoch })
     }
 }
 
@@ -181,13 +185,17 @@ impl Sending {
             wanted,
             outcome: Outcome::Interrupted,
         };
-        let received = tokio::time::timeout(timeout + GRACE, receive(&mut client, request, epoch, &mut record));
+        let failed = |code: Code| Outcome::Failed(status_name(code));
+        let answer = async {
+            match client.generate_stream(request).await {
+                Ok(answer) => receive(answer.into_inner(), epoch, &mut record).await,
+                Err(status) => failed(status.code()),
+            }
+        };
         let outcome = tokio::select! {
-            received = received => match received {
-                Ok(Ok(())) => Outcome::Done,
-                Ok(Err(status)) => Outcome::Failed(status.code()),
-                Err(_) => Outcome::Failed(Code::DeadlineExceeded),
-            },
+            answered = tokio::time::timeout(timeout + GRACE, answer) => {
+                answered.unwrap_or_else(|_| failed(Code::DeadlineExceeded))
+            }
             // Dropping the stream cancels it on the server.
             () = stop.stopped() => Outcome::Interrupted,
         };
@@ -201,19 +209,22 @@ impl Sending {
 
 /// Reads a stream to its end. The end of a whole answer is its last message, not the end of the HTTP/2 stream.
 async fn receive(
-    client: &mut InferenceServiceClient<Channel>,
-    request: Request<crate::rpc::proto::GenerateRequest>,
+    stream: impl Stream<Item = std::result::Result<GenerateStreamResponse, Status>>,
     epoch: Instant,
     record: &mut Record,
-) -> std::result::Result<(), Status> {
-    let mut stream = client.generate_stream(request).await?.into_inner();
-    let mut last = record.sent;
-    while let Some(message) = stream.message().await? {
+) -> Outcome {
+    let mut stream = pin!(stream);
+    let (mut last, mut outcome) = (record.sent, Outcome::Failed(INCOMPLETE));
+    while let Some(message) = stream.next().await {
+        let message = match message {
+            Ok(message) => message,
+            Err(status) => return Outcome::Failed(status_name(status.code())),
+        };
         let now = epoch.elapsed();
         let tokens = message.choice.as_ref().map_or(0, |choice| choice.token_ids.len());
         for _ in 0..tokens {
             match record.ttft {
-                None => record.ttft = Some(now - record.sent),
+                None => record.ttft = Some(now.saturating_sub(record.due)),
                 Some(_) => record.gaps.push(now - last),
             }
             last = now;
@@ -222,11 +233,84 @@ async fn receive(
         if let Some(usage) = &message.usage {
             record.prompt_tokens = usage.prompt_tokens as usize;
             record.cached_tokens = usage.cached_tokens as usize;
+            outcome = Outcome::Done;
         }
         if let Some(timings) = &message.timings {
             record.queued = Duration::try_from_secs_f64(timings.queue_ms * 1e-3).ok();
         }
         record.ended = now;
     }
-    Ok(())
+    outcome
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::record::tests::record;
+    use super::super::stop::Stopper;
+    use super::*;
+    use crate::bench::{Popularity, Synthetic};
+    use crate::rpc::proto::{Choice, GetServerInfoResponse, Usage};
+    use tonic::transport::Endpoint;
+
+    async fn received(messages: Vec<std::result::Result<GenerateStreamResponse, Status>>) -> (Outcome, Record) {
+        let sent = Duration::from_millis(30);
+        let blank = Record { due: Duration::from_millis(20), sent, ended: sent, ttft: None, ..record(0, 0, 0, &[]) };
+        let mut record = Record { output_tokens: 0, ..blank };
+        // So the stream begins 50 ms after the run, at the earliest.
+        let epoch = Instant::now() - Duration::from_millis(50);
+        let outcome = receive(tokio_stream::iter(messages), epoch, &mut record).await;
+        (outcome, record)
+    }
+
+    fn token(id: u32) -> GenerateStreamResponse {
+        let choice = Some(Choice { token_ids: vec![id], ..Choice::default() });
+        GenerateStreamResponse { choice, ..GenerateStreamResponse::default() }
+    }
+
+    fn last() -> GenerateStreamResponse {
+        let usage = Some(Usage { prompt_tokens: 9, cached_tokens: 4, ..Usage::default() });
+        GenerateStreamResponse { usage, ..token(2) }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_whole_with_its_last_message_alone() {
+        let (outcome, whole) = received(vec![Ok(token(1)), Ok(last())]).await;
+        assert_eq!((outcome, whole.output_tokens, whole.prompt_tokens, whole.cached_tokens), (Outcome::Done, 2, 9, 4));
+        // From when it was due at 20 ms, not from the sending at 30 ms.
+        assert!(whole.ttft.unwrap() >= Duration::from_millis(30) && whole.gaps.len() == 1, "{whole:?}");
+        assert_eq!(received(vec![]).await.0, Outcome::Failed("INCOMPLETE_ANSWER"));
+        assert_eq!(received(vec![Ok(token(1))]).await.0, Outcome::Failed("INCOMPLETE_ANSWER"));
+        let refused = received(vec![Ok(last()), Err(Status::aborted("gone"))]).await;
+        assert_eq!(refused.0, Outcome::Failed("ABORTED"));
+    }
+
+    /// What a generator that cannot keep up with its rate, however fast it is, makes of a server that is not there.
+    async fn hopeless(until: Until, watch: &mut dyn FnMut(u64), stop: &Stop) -> Ran {
+        let lengths = Synthetic { prompt_len: "1".parse().unwrap(), output_len: "1".parse().unwrap() };
+        let facts = GetServerInfoResponse::default();
+        let workload = Workload::synthetic(lengths, Vec::new(), Popularity::Uniform, 0, &facts).unwrap();
+        let channels = [Endpoint::from_static("http://127.0.0.1:1").connect_lazy()];
+        let timeout = Duration::from_secs(60);
+        let driver = Driver { channels: &channels, workload: Arc::new(workload), timeout, stop };
+        let load = Load::Rate { rate: 1e8, cv: 0.0 };
+        driver.run(load, until, Phase::Measured, 0, &mut |done, _, _| watch(done)).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_generator_that_is_behind_takes_in_what_ends_and_hears_a_stop() {
+        let (stopper, stop) = Stopper::new();
+        let ran = hopeless(Until::Requests(1 << 24), &mut |_| stopper.stop(), &stop).await;
+        assert!((1..1 << 23).contains(&ran.records.len()), "{} were sent before the first was seen", ran.records.len());
+    }
+
+    #[tokio::test]
+    async fn time_ends_a_run_that_is_behind_and_what_was_not_sent_is_counted() {
+        let (_stopper, stop) = Stopper::new();
+        let mut seen = 0;
+        // A request every 10 ns.
+        let ran = hopeless(Until::Elapsed(Duration::from_millis(20)), &mut |done| seen = done, &stop).await;
+        assert_eq!((ran.records.len() + ran.unsent, seen as usize), (2_000_000, ran.records.len()));
+        assert!(ran.unsent > 0 && !ran.records.is_empty());
+    }
 }

@@ -1,6 +1,6 @@
-//! Figures of a run in vLLM's words and definitions (`vllm bench serve`).
+//! Figures of a run in vLLM's words and definitions (`vllm bench serve`), but that times of an open loop count from when
+//! a request was due (see [`super::record`]).
 use super::record::{Limits, Outcome, Record};
-use crate::rpc::convert::status_name;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -87,6 +87,8 @@ pub struct Metrics {
     pub failed: BTreeMap<&'static str, usize>,
     /// Under way when the run was ended early.
     pub interrupted: usize,
+    /// Not among them: requests that were due, but that the generator could not send in time.
+    pub unsent: usize,
     /// Seconds from the first sending to the last end.
     pub duration: f64,
     /// Seconds from the first sending to the last.
@@ -105,27 +107,27 @@ pub struct Metrics {
     pub total_token_throughput: f64,
     /// Whole answers within the limits a second; none without limits.
     pub request_goodput: Option<f64>,
-    /// Of the requests sent, those within the limits; none without limits.
+    /// Of the requests that were due, sent or not, those within the limits; none without limits.
     pub good_share: Option<f64>,
-    /// From sending to the first token.
+    /// From when a request was due to its first token.
     pub ttft: Summary,
     /// Of each output token but the first.
     pub tpot: Summary,
     /// From a token to the next.
     pub itl: Summary,
-    /// From sending to the end.
+    /// From when a request was due to its end.
     pub e2el: Summary,
     /// From arrival to the first scheduling, as the server says.
     pub queued: Summary,
-    /// How late the generator was with a sending, at worst; milliseconds. Far below the latencies, or it is the
-    /// bottleneck.
+    /// How late the generator was with a sending, at worst; milliseconds, a part of ttft and e2el. Far below them, or
+    /// the generator is the bottleneck.
     pub max_send_delay: f64,
 }
 
 impl Metrics {
-    /// Of all requests of a run.
-    pub fn of(records: &[Record], limits: &Limits) -> Self {
-        let mut m = Metrics { sent: records.len(), ..Metrics::default() };
+    /// Of all requests of a run: those sent, and how many were due but not sent.
+    pub fn of(records: &[Record], unsent: usize, limits: &Limits) -> Self {
+        let mut m = Metrics { sent: records.len(), unsent, ..Metrics::default() };
         for record in records {
             match record.outcome {
                 Outcome::Done => {
@@ -134,7 +136,7 @@ impl Metrics {
                     m.cached_tokens += record.cached_tokens;
                     m.output_tokens += record.output_tokens;
                 }
-                Outcome::Failed(code) => *m.failed.entry(status_name(code)).or_default() += 1,
+                Outcome::Failed(status) => *m.failed.entry(status).or_default() += 1,
                 Outcome::Interrupted => m.interrupted += 1,
             }
         }
@@ -149,7 +151,7 @@ impl Metrics {
         if !limits.is_empty() {
             let good = records.iter().filter(|r| limits.hold(r)).count();
             m.request_goodput = Some(a_second(good));
-            m.good_share = Some(good as f64 / m.sent.max(1) as f64);
+            m.good_share = Some(good as f64 / (m.sent + unsent).max(1) as f64);
         }
         let mut times = Latencies::of(records);
         m.ttft = Summary::of(&mut times.ttft);
@@ -158,8 +160,18 @@ impl Metrics {
         m.e2el = Summary::of(&mut times.e2el);
         let done = records.iter().filter(|r| r.outcome == Outcome::Done);
         m.queued = Summary::of(&mut done.filter_map(|r| r.queued).map(ms).collect::<Vec<_>>());
-        m.max_send_delay = records.iter().map(|r| ms(r.sent.saturating_sub(r.due))).fold(0.0, f64::max);
+        m.max_send_delay = records.iter().map(|r| ms(r.send_delay())).fold(0.0, f64::max);
         m
+    }
+
+    /// Of the input tokens of whole answers, those found in the server's cache.
+    pub fn cached_share(&self) -> f64 {
+        self.cached_tokens as f64 / self.input_tokens.max(1) as f64
+    }
+
+    /// Whether so many of the requests that were due were within the limits that the load counts as sustained.
+    pub fn holds(&self) -> bool {
+        self.good_share.is_some_and(|share| share >= super::HOLDS)
     }
 
     /// Failed requests of any status.
@@ -189,10 +201,10 @@ mod tests {
     #[test]
     fn every_request_is_counted_once() {
         let mut records = vec![record(0, 0, 50, &[10, 30]), record(1, 1000, 100, &[100])];
-        records.push(Record { outcome: Outcome::Failed(tonic::Code::ResourceExhausted), ..record(0, 500, 1, &[]) });
+        records.push(Record { outcome: Outcome::Failed("RESOURCE_EXHAUSTED"), ..record(0, 500, 1, &[]) });
         records.push(Record { outcome: Outcome::Interrupted, ..record(0, 900, 1, &[]) });
         let limits = Limits { ttft: Some(Duration::from_millis(60)), ..Limits::default() };
-        let m = Metrics::of(&records, &limits);
+        let m = Metrics::of(&records, 0, &limits);
         assert_eq!((m.sent, m.completed, m.failures(), m.interrupted), (4, 2, 1, 1));
         assert_eq!(m.failed["RESOURCE_EXHAUSTED"], 1);
         assert_eq!((m.input_tokens, m.output_tokens), (20, 5));
@@ -203,8 +215,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_due_and_not_sent_was_not_within_the_limits() {
+        let limits = Limits { e2el: Some(Duration::from_secs(60)), ..Limits::default() };
+        let sent: Vec<_> = (0..9).map(|i| record(0, i, 50, &[10])).collect();
+        let share = |unsent| Metrics::of(&sent, unsent, &limits).good_share;
+        assert_eq!((share(0), share(1), share(9)), (Some(1.0), Some(0.9), Some(0.5)));
+        assert!(Metrics::of(&sent, 1, &limits).holds() && !Metrics::of(&sent, 2, &limits).holds());
+        assert!(!Metrics::of(&sent, 0, &Limits::default()).holds(), "nothing was asked for");
+    }
+
+    #[test]
+    fn the_cached_share_is_one_of_input_tokens() {
+        let cached = Record { cached_tokens: 5, ..record(0, 0, 50, &[]) };
+        let m = Metrics::of(&[cached, record(0, 0, 50, &[])], 0, &Limits::default());
+        assert_eq!((m.cached_tokens, m.cached_share()), (5, 0.25));
+        assert_eq!(Metrics::default().cached_share(), 0.0);
+    }
+
+    #[test]
     fn nothing_sent_is_no_division_by_zero() {
-        let m = Metrics::of(&[], &Limits::default());
+        let m = Metrics::of(&[], 0, &Limits::default());
         assert_eq!((m.request_throughput, m.e2el.mean, m.good_share), (0.0, 0.0, None));
     }
 }

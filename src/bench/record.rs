@@ -1,4 +1,9 @@
 //! What became of one request.
+//!
+//! Times of a request count from when it was due. In an open loop that is its place in the plan, as in wrk2: a generator
+//! that falls behind shows as latency, where times from the sending would hide it ("coordinated omission") and have a
+//! rate hold that was never offered. vLLM's benchmark counts from the sending; a generator that keeps up gives the same.
+//! In a closed loop a request is due when it is sent.
 use super::workload::Tenant;
 use crate::error::{Error, Result};
 use std::str::FromStr;
@@ -15,7 +20,7 @@ pub struct Record {
     pub sent: Duration,
     /// When it ended, one way or the other.
     pub ended: Duration,
-    /// From sending to the first token; none where none came.
+    /// From when it was due to the first token; none where none came.
     pub ttft: Option<Duration>,
     /// Between one token and the next.
     pub gaps: Vec<Duration>,
@@ -33,21 +38,36 @@ pub struct Record {
     pub outcome: Outcome,
 }
 
+/// What a request failed with whose stream ended as if all were well, but without the answer's last message, the one
+/// with the usage.
+pub const INCOMPLETE: &str = "INCOMPLETE_ANSWER";
+
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Whole.
     Done,
-    /// With that status.
-    Failed(tonic::Code),
+    /// With that status, by gRPC's name, or as [`INCOMPLETE`].
+    Failed(&'static str),
     /// The run was ended while it was under way.
     Interrupted,
 }
 
 impl Record {
-    /// From sending to the end.
+    /// From when it was due to the end.
     pub fn e2el(&self) -> Duration {
-        self.ended.saturating_sub(self.sent)
+        self.ended.saturating_sub(self.due)
+    }
+
+    /// How late it was sent.
+    pub fn send_delay(&self) -> Duration {
+        self.sent.saturating_sub(self.due)
+    }
+
+    /// When the server began with it: the server tells with its last message; of a request that broke off it is known
+    /// from the first token on. None where it never began.
+    pub(super) fn scheduled(&self) -> Option<Duration> {
+        self.queued.map(|queued| self.sent + queued).or(self.ttft.map(|ttft| self.due + ttft))
     }
 
     /// Time of each output token but the first; none for less than two.
@@ -165,6 +185,20 @@ pub(super) mod tests {
         let r = record(0, 1000, 50, &[10, 30]);
         assert_eq!((r.e2el().as_millis(), r.tpot().unwrap().as_millis()), (90, 20));
         assert_eq!(record(0, 0, 50, &[]).tpot(), None);
+    }
+
+    #[test]
+    fn a_late_sending_counts_against_the_limits() {
+        // Due at 1000, sent at 1200, first token at 1250, second at 1260.
+        let late = Record { due: Duration::from_millis(1000), ..record(0, 1200, 50, &[10]) };
+        let late = Record { ttft: late.ttft.map(|ttft| ttft + late.send_delay()), ..late };
+        assert_eq!((late.e2el().as_millis(), late.tpot().unwrap().as_millis()), (260, 10));
+        assert!("e2el:260".parse::<Limits>().unwrap().hold(&late));
+        assert!(!"e2el:259".parse::<Limits>().unwrap().hold(&late));
+        // The server knows nothing of the delay.
+        let queued = Record { queued: Some(Duration::from_millis(5)), ..late.clone() };
+        assert_eq!(queued.scheduled(), Some(Duration::from_millis(1205)));
+        assert_eq!(Record { queued: None, ..late }.scheduled(), Some(Duration::from_millis(1250)));
     }
 
     #[test]

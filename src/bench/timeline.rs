@@ -1,11 +1,11 @@
 //! The server's figures while requests run: who runs, who waits, what the pool holds.
-use super::measure::ms;
 use super::record::Record;
+use super::workload::Tenant;
 use crate::error::{Error, Result};
 use crate::rpc::convert;
 use crate::rpc::proto::server_service_client::ServerServiceClient;
 use crate::rpc::proto::{GetStatsRequest, GetStatsResponse};
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -79,8 +79,50 @@ impl ServerCounts {
     }
 }
 
+/// A figure over all looks at the server while anything ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Level {
+    /// Over the looks.
+    pub mean: f64,
+    /// At the look that had the most.
+    pub peak: f64,
+}
+
+/// How full the server was. Of every look: a peak stays one where the timeline is thinned out.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Occupancy {
+    /// Sequences in the batch.
+    pub running: Level,
+    /// Different adapters among them.
+    pub adapters: Level,
+    /// Of the pool's pages, those in use.
+    pub kv_use: Level,
+}
+
+impl Occupancy {
+    pub(super) fn of(samples: &[Sample]) -> Self {
+        let level = |value: fn(&Sample) -> f64| {
+            let values: Vec<f64> = samples.iter().filter(|s| s.running > 0).map(value).collect();
+            let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+            Level { mean, peak: values.into_iter().fold(0.0, f64::max) }
+        };
+        Occupancy {
+            running: level(|s| f64::from(s.running)),
+            adapters: level(|s| f64::from(s.adapters)),
+            kv_use: level(|s| s.kv_use),
+        }
+    }
+}
+
+/// Evenly chosen samples: few enough for a chart.
+pub(super) fn thinned(samples: &[Sample]) -> Vec<Sample> {
+    let stride = samples.len().div_ceil(POINTS).max(1);
+    samples.iter().step_by(stride).copied().collect()
+}
+
 /// What was seen of the server.
 pub(super) struct Seen {
+    /// Every look, in the order of time.
     pub samples: Vec<Sample>,
     pub counts: ServerCounts,
 }
@@ -129,8 +171,7 @@ impl Sampler {
             (Some((_, first)), Some((_, last))) => ServerCounts::between(first, last),
             _ => ServerCounts::default(),
         };
-        let stride = seen.len().div_ceil(POINTS).max(1);
-        let samples = seen.iter().step_by(stride).map(|(at, s)| Sample {
+        let samples = seen.iter().map(|(at, s)| Sample {
             at: at.saturating_duration_since(epoch),
             running: s.running,
             waiting: s.waiting,
@@ -156,23 +197,28 @@ async fn settled(client: &mut ServerServiceClient<Channel>) -> std::result::Resu
     Ok(stats)
 }
 
-/// Counts the adapters that run at each sample: a request runs from its scheduling, as the server timed it, to its end.
+/// Counts the adapters that run at each of `samples`, which are in the order of time: a request runs from its scheduling,
+/// as the server timed it, to its end.
 pub(super) fn count_adapters(samples: &mut [Sample], records: &[Record]) {
-    let running = |r: &&Record| r.ttft.is_some() || r.queued.is_some();
-    let spans: Vec<_> = records
-        .iter()
-        .filter(running)
-        .map(|r| {
-            // The server tells with its last message; a request that broke off is known from its first token on.
-            let start = r.sent + r.queued.or(r.ttft).unwrap_or_default();
-            (ms(start), ms(r.ended), r.tenant)
-        })
-        .collect();
+    let mut changes: Vec<(Duration, Tenant, bool)> = Vec::with_capacity(2 * records.len());
+    for record in records {
+        if let Some(start) = record.scheduled().filter(|start| *start < record.ended) {
+            changes.extend([(start, record.tenant, true), (record.ended, record.tenant, false)]);
+        }
+    }
+    changes.sort_unstable_by_key(|(at, ..)| *at);
+    let (mut changes, mut running) = (changes.into_iter().peekable(), HashMap::<Tenant, usize>::new());
     for sample in samples {
-        let at = ms(sample.at);
-        let there = spans.iter().filter(|(start, end, _)| *start <= at && at < *end).map(|(_, _, tenant)| *tenant);
+        while let Some((_, tenant, starts)) = changes.next_if(|(at, ..)| *at <= sample.at) {
+            let requests = running.entry(tenant).or_default();
+            // A start is before its end, so there is one to take off.
+            *requests = if starts { *requests + 1 } else { *requests - 1 };
+            if *requests == 0 {
+                running.remove(&tenant);
+            }
+        }
         // The end of a request reaches us after the server has let it go.
-        sample.adapters = (there.collect::<HashSet<_>>().len() as u32).min(sample.running);
+        sample.adapters = (running.len() as u32).min(sample.running);
     }
 }
 
@@ -188,6 +234,24 @@ mod tests {
         let late = Record { queued: Some(Duration::from_millis(50)), ..record(1, 100, 60, &[10, 10]) };
         count_adapters(&mut samples, &[record(0, 0, 100, &[100]), record(0, 0, 100, &[100]), late]);
         assert_eq!(samples.map(|s| s.adapters), [1, 1, 2, 0]);
+    }
+
+    #[test]
+    fn peaks_are_of_all_looks_also_those_that_the_timeline_leaves_out() {
+        let look = |i: u64| Sample { at: Duration::from_millis(i), running: 2, kv_use: 0.25, ..Sample::default() };
+        let mut samples: Vec<Sample> = (0..3 * POINTS as u64).map(look).collect();
+        // Between two that are kept.
+        samples[301] = Sample { running: 9, kv_use: 0.75, ..samples[301] };
+        // While nothing runs, prefixes still hold pages: that is no work.
+        samples[302] = Sample { running: 0, kv_use: 0.875, ..samples[302] };
+        let kept = thinned(&samples);
+        assert_eq!((kept.len(), kept.iter().map(|s| s.running).max()), (POINTS, Some(2)));
+        let all = Occupancy::of(&samples);
+        assert_eq!((all.running.peak, all.kv_use.peak), (9.0, 0.75));
+        let mean = (2.0 * (3 * POINTS - 2) as f64 + 9.0) / (3 * POINTS - 1) as f64;
+        assert!((all.running.mean - mean).abs() < 1e-9, "{}", all.running.mean);
+        assert_eq!(Occupancy::of(&[]), Occupancy::default());
+        assert_eq!(thinned(&samples[..5]), samples[..5]);
     }
 
     #[test]

@@ -42,6 +42,8 @@ pub(super) struct Made {
 pub struct Workload {
     tenants: Vec<String>,
     seed: u64,
+    /// The run's number in a sweep.
+    point: u64,
     source: Source,
 }
 
@@ -92,14 +94,21 @@ impl Workload {
             max_model_len: facts.limits.map_or(usize::MAX, |l| l.max_model_len as usize),
             adapters,
         };
-        Ok(Workload { tenants: source.names(), seed, source })
+        Ok(Workload { tenants: source.names(), seed, point: 0, source })
     }
 
     /// The lines of a file: in its order, again and again, or for adapters drawn by `popularity`.
     pub(super) fn of_tasks(tasks: Tasks, popularity: Option<Popularity>, seed: u64) -> Result<Self> {
         let chooser = popularity.map(|p| Chooser::new(p, tasks.adapters.len())).transpose()?;
         let source = Source::Tasks { tasks, chooser };
-        Ok(Workload { tenants: source.names(), seed, source })
+        Ok(Workload { tenants: source.names(), seed, point: 0, source })
+    }
+
+    /// The same requests with random prompts that no other run of a sweep has, or the server would answer all but the
+    /// first run from its cache. The first has those of a run by itself. Lengths and tenants stay, so that runs differ
+    /// by what is swept alone; so do the lines of a tasks file, which are given.
+    pub(super) fn of_point(self, number: usize) -> Self {
+        Workload { point: number as u64, ..self }
     }
 
     /// Names of the tenants.
@@ -113,7 +122,8 @@ impl Workload {
             Phase::WarmUp => 1,
             Phase::Measured => 0,
         };
-        let mut rng = StdRng::seed_from_u64(self.seed.rotate_left(32) ^ (index << 1 | phase));
+        let seed = self.seed.rotate_left(32) ^ (index << 1 | phase);
+        let mut rng = StdRng::seed_from_u64(seed);
         match &self.source {
             Source::Synthetic { lengths, adapters, chooser, vocab_size, max_model_len } => {
                 let tenant = chooser.choose(index, &mut rng);
@@ -122,6 +132,11 @@ impl Workload {
                 let room = max_model_len.saturating_sub(made.prefix_len);
                 let prompt = lengths.prompt_len.draw(&mut rng).clamp(1, room.saturating_sub(1).max(1));
                 let output = lengths.output_len.draw(&mut rng).clamp(1, room.saturating_sub(prompt).max(1));
+                if self.point > 0 {
+                    // Odd: the upper half, where no index reaches, differs for each number.
+                    let mixed = self.point.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(32);
+                    rng = StdRng::seed_from_u64(seed ^ mixed);
+                }
                 let ids = (0..prompt).map(|_| rng.random_range(0..*vocab_size)).collect();
                 let input = Input::TokenIds(proto::TokenIds { ids });
                 Planned {
@@ -207,6 +222,29 @@ mod tests {
         assert_eq!(all(1, Phase::Measured), all(1, Phase::Measured));
         assert_ne!(all(1, Phase::Measured), all(2, Phase::Measured));
         assert_ne!(all(1, Phase::Measured), all(1, Phase::WarmUp));
+    }
+
+    #[test]
+    fn runs_of_a_sweep_differ_in_what_prompts_say_and_in_nothing_else() {
+        let of_point = |number| random(1, "uniform:9:20", "uniform:2:6").of_point(number);
+        let all = |workload: &Workload, phase| (0..40).map(|i| workload.request(phase, i)).collect::<Vec<_>>();
+        let alone = random(1, "uniform:9:20", "uniform:2:6");
+        assert_eq!(all(&alone, Phase::Measured), all(&of_point(0), Phase::Measured), "a run by itself is the first");
+        let mut said = std::collections::HashSet::new();
+        for number in 0..6 {
+            let workload = of_point(number);
+            for phase in [Phase::WarmUp, Phase::Measured] {
+                for (here, there) in all(&workload, phase).into_iter().zip(all(&alone, phase)) {
+                    let ids = |planned: &Planned| match &planned.message.input {
+                        Some(Input::TokenIds(ids)) => ids.ids.clone(),
+                        other => panic!("{other:?}"),
+                    };
+                    let size = |planned: &Planned| (planned.tenant, ids(planned).len(), planned.wanted);
+                    assert_eq!(size(&here), size(&there));
+                    assert!(said.insert(ids(&here)), "run {number} says again what was said before");
+                }
+            }
+        }
     }
 
     #[test]

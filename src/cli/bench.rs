@@ -1,4 +1,5 @@
 //! `prefixd bench`: arguments in, the report out. What is done lies in [`crate::bench`].
+mod files;
 mod shown;
 
 use super::client::connect;
@@ -13,7 +14,7 @@ use crate::server::{Server, terminated};
 use clap::Args;
 use shown::Shown;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -30,6 +31,12 @@ const REQUESTS: u64 = 100;
 
 /// Requests at once, where nobody says when to send.
 const CONCURRENCY: usize = 16;
+
+/// Adapters that are made, where nobody says how many.
+const ADAPTERS: usize = 10;
+
+/// Coefficient of variation of the gaps between requests: Poisson.
+const CV: f64 = 1.0;
 
 /// Measure a server under load: throughput, latencies, fairness, over adapters and rates.
 #[derive(Debug, Args)]
@@ -72,9 +79,9 @@ struct RequestArgs {
     /// prompts for adapters that are made for the run.
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["num_adapters", "method", "prefix_len", "prompt_len"])]
     tasks: Option<PathBuf>,
-    /// Random adapters to make, upload and remove again; 0: the bare base.
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    num_adapters: usize,
+    /// Random adapters to make, upload and remove again; 0: the bare base [default: 10].
+    #[arg(long, value_name = "N")]
+    num_adapters: Option<usize>,
     /// What they are.
     #[arg(long, value_enum, default_value_t)]
     method: Method,
@@ -95,7 +102,8 @@ struct RequestArgs {
     /// the order of the file].
     #[arg(long, value_name = "HOW")]
     popularity: Option<Popularity>,
-    /// Where every draw comes from.
+    /// Where every draw comes from. A running server that has seen a seed's random prompts has them in its cache: give
+    /// another seed, or the second run is faster than the first.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
@@ -104,12 +112,14 @@ struct RequestArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Load")]
 struct LoadArgs {
-    /// Send so many requests a second, whatever the server does.
+    /// Send so many requests a second, whatever the server does. Times then count from when a request was due, so that
+    /// a sending that comes late is no gain.
     #[arg(long, value_name = "R", conflicts_with = "concurrency")]
     request_rate: Option<f64>,
-    /// Coefficient of variation of the gaps between them, which are gamma distributed: 1 is Poisson, 0 is even.
-    #[arg(long, value_name = "C", default_value_t = 1.0)]
-    cv: f64,
+    /// Coefficient of variation of the gaps between them, which are gamma distributed: 1 is Poisson, 0 is even
+    /// [default: 1].
+    #[arg(long, value_name = "C")]
+    cv: Option<f64>,
     /// Keep so many requests under way [default: 16].
     #[arg(long, value_name = "N")]
     concurrency: Option<usize>,
@@ -135,7 +145,7 @@ impl Bench {
         let mut plan = self.plan()?;
         // Before anything runs: an hour's figures must not end at a folder that is not there.
         for path in [&self.report, &self.save].into_iter().flatten() {
-            writable(path)?;
+            files::writable(path)?;
         }
         let (stopper, stop) = Stopper::new();
         let interrupts = tokio::spawn(interrupts(stopper));
@@ -154,11 +164,11 @@ impl Bench {
         terminal.line(report.text(terminal.width()));
         let object = report.to_json();
         if let Some(path) = &self.save {
-            write(path, &format!("{object:#}\n"))?;
+            files::write(path, &format!("{object:#}\n"))?;
             terminal.note(format!("figures: {}", path.display()));
         }
         if let Some(path) = &self.report {
-            write(path, &report.html()?)?;
+            files::write(path, &report.html()?)?;
             terminal.note(format!("report: {}", path.display()));
         }
         terminal.json(&object);
@@ -170,10 +180,9 @@ impl Bench {
 
     fn plan(&self) -> Result<Plan, Failure> {
         let (r, l) = (&self.requests, &self.load);
+        let cv = within("cv", l.cv.unwrap_or(CV), 0.0, 100.0)?;
         let load = match (l.request_rate, l.concurrency) {
-            (Some(rate), _) => {
-                Load::Rate { rate: within("request_rate", rate, 1e-3, 1e6)?, cv: within("cv", l.cv, 0.0, 100.0)? }
-            }
+            (Some(rate), _) => Load::Rate { rate: within("request_rate", rate, 1e-3, 1e6)?, cv },
             (None, Some(0)) => return Err(wrong("concurrency", 0, "must be at least 1")),
             (None, n) => Load::Concurrency(n.unwrap_or(CONCURRENCY)),
         };
@@ -182,9 +191,16 @@ impl Bench {
                 let rule = "sets the rates itself: leave --request-rate and --concurrency out";
                 return Err(wrong("sweep", "over rates", rule));
             }
-            Some(Sweep::Rate { from, .. }) => Load::Rate { rate: from, cv: within("cv", l.cv, 0.0, 100.0)? },
+            Some(Sweep::Rate { from, .. }) => Load::Rate { rate: from, cv },
             _ => load,
         };
+        if let (Some(cv), Load::Concurrency(_)) = (l.cv, load) {
+            let rule = "which spreads the gaps of a rate: give one by --request-rate or --sweep, or leave --cv out";
+            return Err(wrong("cv", cv, rule));
+        }
+        if let (Some(n), Some(Sweep::Adapters(_))) = (r.num_adapters, &self.sweep) {
+            return Err(wrong("num_adapters", n, "but --sweep adapters: sets the numbers: leave --num-adapters out"));
+        }
         let seconds = |field, s| within(field, s, 1e-3, 1e6).map(Duration::from_secs_f64);
         let until = match (l.num_requests, l.duration, &self.sweep) {
             (Some(0), ..) => return Err(wrong("num_requests", 0, "must be at least 1")),
@@ -196,7 +212,7 @@ impl Bench {
         let requests = match &r.tasks {
             Some(path) => Requests::Tasks(Tasks::read(path, r.output_len, r.ignore_eos).map_err(Failure::Usage)?),
             None => Requests::Synthetic {
-                adapters: r.num_adapters,
+                adapters: r.num_adapters.unwrap_or(ADAPTERS),
                 recipe: Recipe { method: r.method, prefix_len: r.prefix_len },
                 synthetic: Synthetic {
                     prompt_len: r.prompt_len,
@@ -287,16 +303,6 @@ fn wrong(field: &'static str, value: impl std::fmt::Display, rule: &str) -> Fail
     Failure::Usage(Error::invalid(field, value, rule))
 }
 
-/// Makes sure that `path` can be written, without harm to what is there.
-fn writable(path: &Path) -> Result<(), Failure> {
-    let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
-    opened.map(drop).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
-}
-
-fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    std::fs::write(path, text).map_err(|e| Failure::local(format!("{}: {e}", path.display())))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -328,6 +334,13 @@ mod tests {
             (open.load, open.until),
             (Load::Rate { rate: 5.0, cv: 0.0 }, Until::Elapsed(Duration::from_millis(2500)))
         );
+        let both = plan("--sweep adapters:1,2 --request-rate 5 --cv 2").unwrap();
+        assert_eq!(both.load, Load::Rate { rate: 5.0, cv: 2.0 });
+        let adapters = |plan: &Plan| match plan.requests {
+            Requests::Synthetic { adapters, .. } => adapters,
+            Requests::Tasks(_) => panic!("no tasks were given"),
+        };
+        assert_eq!((adapters(&usual), adapters(&plan("--num-adapters 3").unwrap())), (10, 3));
     }
 
     #[test]
@@ -343,6 +356,12 @@ mod tests {
             ("--request-rate 0", "`request_rate` is 0, must be from 0.001"),
             ("--concurrency 0", "`concurrency` is 0"),
             ("--sweep rate:2.. --request-rate 5", "leave --request-rate"),
+            ("--concurrency 5 --cv 2", "leave --cv out"),
+            ("--cv 1", "leave --cv out"),
+            ("--sweep adapters:1,2 --cv 2", "leave --cv out"),
+            ("--request-rate 5 --cv 101", "`cv` is 101"),
+            ("--sweep adapters:1,2 --num-adapters 5", "leave --num-adapters out"),
+            ("--tasks x --num-adapters 5", "--num-adapters"),
             ("--tasks nowhere.jsonl", "nowhere.jsonl"),
         ] {
             let message = plan(arguments).unwrap_err();

@@ -92,9 +92,9 @@ impl Run<'_> {
         add_product(Matrix::rows(&before, h), h, &turned, 4 * h, &mut gates, 4 * h, n, 4 * h);
         let (mut cells, mut cell) = (vec![0f32; n * h], vec![0f32; h]);
         for row in &order {
-            for j in 0..h {
+            for (j, cell) in cell.iter_mut().enumerate() {
                 let Gates { i, f, g, .. } = Gates::of(&gates[row * 4 * h..], h, j);
-                cell[j] = f * cell[j] + i * g;
+                *cell = f * *cell + i * g;
             }
             cells[row * h..(row + 1) * h].copy_from_slice(&cell);
         }

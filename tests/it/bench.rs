@@ -147,16 +147,52 @@ async fn bench_sweeps_make_a_page_that_stands_alone() {
     );
     page(&report, &["throughput", "latency", "ttft", "tpot", "e2el", "batch", "kv", "tenants"]);
 
-    // Limits that everything keeps: the rate is raised to the end of the range, and no further.
+    // Limits that everything keeps: the rate is raised to the end of the range, and no further. (What a sweep makes of
+    // rates that fail later on, `bench::report` tests on requests whose times are given.)
     let goodput = Limits { e2el: Some(Duration::from_secs(600)), ..Limits::default() };
     let rates = Plan { sweep: Some("rate:100..300".parse().unwrap()), goodput, ..plan(2, Load::Concurrency(1), 8) };
     let report = finished(&served, &rates).await;
     assert_eq!(report.points.iter().filter_map(|p| p.swept).collect::<Vec<_>>(), [100.0, 200.0, 300.0]);
     assert_eq!(report.highest_rate().and_then(|p| p.swept), Some(300.0));
+    assert!(report.points.iter().all(|p| (p.metrics.good_share, p.metrics.unsent) == (Some(1.0), 0)));
+    page(&report, &["throughput", "latency", "ttft", "tpot", "e2el", "batch", "kv", "tenants"]);
+
+    // Limits that nothing keeps: the first rate fails, and that is all there is to know.
+    let goodput = Limits { ttft: Some(Duration::from_nanos(1)), ..Limits::default() };
+    let report = finished(&served, &Plan { goodput, ..rates }).await;
+    accounted(&report.points[0]);
+    assert_eq!((report.points.len(), report.points[0].metrics.good_share), (1, Some(0.0)));
+    assert!(report.highest_rate().is_none() && report.text(100).contains("not even at 100 requests/s"));
     page(&report, &["throughput", "latency", "ttft", "tpot", "e2el", "batch", "kv", "tenants"]);
 
     let single = finished(&served, &plan(2, Load::Concurrency(4), 8)).await;
     page(&single, &["ttft", "tpot", "e2el", "batch", "kv", "tenants"]);
+}
+
+/// The server's prefix cache is on: prompts that a run of a sweep has in common with one before it would come from there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bench_runs_of_a_sweep_have_prompts_of_their_own_in_the_same_sizes() {
+    let served = Served::start(EngineConfig::default()).await;
+    // Prompts of two blocks of the cache at least.
+    let requests = Requests::Synthetic {
+        adapters: 0,
+        recipe: Recipe { method: Method::PrefixTuning, prefix_len: "20".parse().unwrap() },
+        synthetic: Synthetic { prompt_len: "uniform:33:60".parse().unwrap(), output_len: "3".parse().unwrap() },
+    };
+    let goodput = Limits { e2el: Some(Duration::from_secs(600)), ..Limits::default() };
+    let plan = Plan { requests, goodput, ..plan(0, Load::Concurrency(1), 8) };
+    let rates = Plan { sweep: Some("rate:100..300".parse().unwrap()), ..plan.clone() };
+    let report = finished(&served, &rates).await;
+    let read: Vec<_> = report.points.iter().map(|p| (p.metrics.input_tokens, p.metrics.cached_tokens)).collect();
+    assert_eq!(read, [(read[0].0, 0); 3]);
+    assert!(report.text(100).contains(&format!("0 of {} tokens, 0 %", read[0].0)), "{}", report.text(100));
+    // A run by itself is the first of a sweep: on the same server it finds all but the rest of a block, and says so.
+    let again = finished(&served, &plan).await;
+    let m = &again.points[0].metrics;
+    assert_eq!(m.input_tokens, read[0].0);
+    assert!(m.cached_tokens >= 8 * 32, "{} of {}", m.cached_tokens, m.input_tokens);
+    let said = format!("{} of {} tokens", m.cached_tokens, m.input_tokens);
+    assert!(again.text(100).contains(&said) && again.html().unwrap().contains(&said), "{said}");
 }
 
 /// Each chart is there once, and nothing is fetched from elsewhere.

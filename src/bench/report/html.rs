@@ -216,7 +216,45 @@ const STYLE: &str = include_str!("page.css");
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::bench::point::tests::{plan, point};
+    use crate::bench::record::tests::record;
+    use crate::bench::{Setup, Sweep};
+    use crate::rpc::proto::{GetServerInfoResponse, ModelInfo};
+
+    /// The page of a run, or of a sweep, where all that has a name has that one.
+    fn page(name: &str, sweep: Option<Sweep>) -> String {
+        let mut plan = plan(name, sweep);
+        plan.setup = Setup { command: name.into(), server: name.into(), host: name.into() };
+        let model = ModelInfo {
+            name: name.into(),
+            family: name.into(),
+            dtype: name.into(),
+            device: name.into(),
+            ..ModelInfo::default()
+        };
+        let facts = GetServerInfoResponse { version: name.into(), model: Some(model), ..Default::default() };
+        let rates = if plan.sweep.is_some() { vec![Some(2.0), Some(4.0)] } else { vec![None] };
+        let records: Vec<_> = (0..9).map(|i| record(0, 10 * i, 50 + i, &[10, 30])).collect();
+        let points = rates.into_iter().map(|rate| point(&plan, rate, records.clone())).collect();
+        let report = Report { date: "today".into(), ..Report::new(&plan, facts, points, false) };
+        report.html().unwrap()
+    }
+
+    #[test]
+    fn hostile_names_are_text_wherever_they_stand() {
+        let hostile = "\"'><script>alert('&amp;')</script><img src=x onerror=y>--></style>{}";
+        for sweep in [None, Some(Sweep::Rate { from: 2.0, to: None })] {
+            let (plain, named) = (page("harmless", sweep.clone()), page(hostile, sweep));
+            // Title, model, family, dtype, device, version, server, machine, command and tenant.
+            assert_eq!(plain.matches("harmless").count(), 10);
+            assert!(plain.replace("harmless", &escape(hostile)) == named, "{named}");
+            for markup in ["<script", "</script", "<img", "--><"] {
+                assert!(!named.contains(markup), "{markup} in {named}");
+            }
+        }
+    }
 
     #[test]
     fn names_cannot_become_markup() {

@@ -1,7 +1,7 @@
 //! The report for programs. Names are those of vLLM's result files, so that what reads those reads these.
 use super::Report;
 use crate::bench::measure::Summary;
-use crate::bench::{Point, Sweep, TenantFigures};
+use crate::bench::{Occupancy, Point, Sweep, TenantFigures};
 use serde_json::{Map, Value, json};
 
 impl Report {
@@ -56,9 +56,7 @@ impl Report {
 
 fn point(p: &Point) -> Map<String, Value> {
     let (m, s) = (&p.metrics, &p.server);
-    let (kv_mean, kv_peak) = p.over_time(|sample| sample.kv_use);
-    let (running_mean, running_peak) = p.over_time(|sample| f64::from(sample.running));
-    let (adapters_mean, adapters_peak) = p.over_time(|sample| f64::from(sample.adapters));
+    let Occupancy { running, adapters, kv_use } = p.occupancy;
     let Value::Object(mut object) = json!({
         "duration": m.duration,
         "num_prompts": m.sent,
@@ -66,6 +64,7 @@ fn point(p: &Point) -> Map<String, Value> {
         "failed": m.failures(),
         "failures": m.failed,
         "interrupted_requests": m.interrupted,
+        "unsent": m.unsent,
         "wrong_length": p.wrong_length,
         "total_input_tokens": m.input_tokens,
         "total_output_tokens": m.output_tokens,
@@ -81,11 +80,11 @@ fn point(p: &Point) -> Map<String, Value> {
         "prefix": {
             "hits": s.prefix_hits, "misses": s.prefix_misses, "evictions": s.prefix_evictions, "hit_rate": s.prefix_hit_rate(),
         },
-        "kv": { "pages": s.kv_pages_total, "mean_use": kv_mean, "peak_use": kv_peak },
+        "kv": { "pages": s.kv_pages_total, "mean_use": kv_use.mean, "peak_use": kv_use.peak },
         "batch": {
             "steps": s.steps, "tokens_a_step": s.tokens_a_step(), "preemptions": s.preemptions,
-            "mean_sequences": running_mean, "peak_sequences": running_peak,
-            "mean_adapters": adapters_mean, "peak_adapters": adapters_peak,
+            "mean_sequences": running.mean, "peak_sequences": running.peak,
+            "mean_adapters": adapters.mean, "peak_adapters": adapters.peak,
         },
         "tenants": p.of_tenants.iter().map(tenant).collect::<Vec<_>>(),
         "timeline": p.timeline.iter().map(|t| json!({

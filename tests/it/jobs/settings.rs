@@ -312,8 +312,8 @@ async fn an_encoder_learns_classes() {
     let words = |n: usize| -> Vec<proto::TrainingExample> {
         let one = |i: usize| {
             let (a, b) = (10 + i * 7 % 50, 10 + i * 11 % 50);
-            let input = if i % 2 == 0 { format!("w1 w{a} w7 w{b}") } else { format!("w1 w{a} w{b} w5") };
-            let target = if i % 2 == 0 { "there" } else { "absent" };
+            let input = if i.is_multiple_of(2) { format!("w1 w{a} w7 w{b}") } else { format!("w1 w{a} w{b} w5") };
+            let target = if i.is_multiple_of(2) { "there" } else { "absent" };
             proto::TrainingExample { input, targets: vec![target.into()], ..Default::default() }
         };
         (0..n).map(one).collect()
