@@ -2,7 +2,14 @@
 //!
 //! CPU reference. Order of the steps: penalties (by the caller, who knows the counts), temperature, top-k, top-p,
 //! min-p, one draw. Greedy takes the smallest id among equals, as `argmax` does. NaN counts as -inf: it is never chosen.
+//! A draw is defined on the sorted vocabulary (`sorted.rs`); nearly all are made without sorting it (`bins.rs`).
+mod best;
+mod bins;
 pub mod device;
+mod sorted;
+
+pub use best::top_n;
+pub use sorted::draw;
 
 use super::float;
 use super::lanes::LANES;
@@ -82,59 +89,6 @@ simd! {
         }
         *at = start + logits[start..].iter().position(|x| *x == value).unwrap_or(logits.len() - start);
     }
-}
-
-/// The `n` largest as `(index, logit)`, best first, smaller indices first among equals; NaN among the -inf.
-pub fn top_n(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
-    if n == 0 {
-        return Vec::new();
-    }
-    let rank = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
-    let order = |a: &(u32, f32), b: &(u32, f32)| rank(b.1).total_cmp(&rank(a.1)).then(a.0.cmp(&b.0));
-    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-    if n < all.len() {
-        all.select_nth_unstable_by(n - 1, order);
-        all.truncate(n);
-    }
-    all.sort_unstable_by(order);
-    all
-}
-
-/// Draws a token; `u` is uniform in [0, 1). `logits` have their penalties applied already.
-pub fn draw(logits: &[f32], filter: &Filter, u: f64) -> usize {
-    if filter.temperature <= 0.0 {
-        return argmax(logits);
-    }
-    let keep = if filter.top_k == 0 { logits.len() } else { filter.top_k.min(logits.len()) };
-    // Sorted, so that each filter is a cut, and so that the draw does not depend on how the sort breaks ties.
-    let candidates = top_n(logits, keep);
-    let Some(&(first, max)) = candidates.first() else { return 0 };
-    if !max.is_finite() {
-        return argmax(logits);
-    }
-    // The larger of NaN and 0 is 0.
-    let weight = |x: f32| f64::from((x - max) / filter.temperature).exp().max(0.0);
-    let total: f64 = candidates.iter().map(|c| weight(c.1)).sum();
-    let mut kept = Vec::with_capacity(candidates.len().min(1024));
-    let mut mass = 0f64;
-    for &(id, x) in &candidates {
-        let p = weight(x);
-        // top_p keeps the token that crosses the line; min_p is relative to the best, whose weight is 1.
-        let enough = mass >= f64::from(filter.top_p) * total;
-        if !kept.is_empty() && (enough && filter.top_p < 1.0 || p < f64::from(filter.min_p)) {
-            break;
-        }
-        mass += p;
-        kept.push((id, p));
-    }
-    let mut left = u * mass;
-    for (id, p) in &kept {
-        left -= p;
-        if left < 0.0 {
-            return *id as usize;
-        }
-    }
-    kept.last().map_or(first, |(id, _)| *id) as usize
 }
 
 #[cfg(test)]
