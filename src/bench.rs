@@ -74,6 +74,8 @@ pub struct Plan {
     /// Where every draw comes from. A server that has seen a seed's random prompts answers them from its cache; so each
     /// run of a sweep has prompts of its own, in the same sizes and for the same tenants.
     pub seed: u64,
+    /// How tokens are drawn, each request by a seed of its own; `None`: as the adapter's card has it, greedily without one.
+    pub sampling: Option<proto::Sampling>,
     /// A request that takes longer has failed.
     pub timeout: Duration,
     /// What a request must keep to count as goodput.
@@ -256,7 +258,7 @@ impl Bench<'_> {
 
     fn workload(&self, number: usize, adapters: usize) -> Result<Workload> {
         let (seed, popularity) = (self.plan.seed, self.plan.popularity);
-        match (&self.plan.requests, &self.pool) {
+        let workload = match (&self.plan.requests, &self.pool) {
             (Requests::Tasks(tasks), _) => Workload::of_tasks(tasks.clone(), popularity, seed),
             (Requests::Synthetic { synthetic, .. }, Some(pool)) => {
                 let popularity = popularity.unwrap_or(Popularity::Uniform);
@@ -264,7 +266,8 @@ impl Bench<'_> {
                 Ok(Workload::synthetic(synthetic.clone(), tenants, popularity, seed, &self.facts)?.of_point(number))
             }
             (Requests::Synthetic { .. }, None) => Err(Error::internal("a synthetic run has no pool")),
-        }
+        };
+        Ok(workload?.sampled(self.plan.sampling))
     }
 }
 

@@ -73,6 +73,7 @@ pub(super) mod tests {
             until: Until::Requests(400),
             warmup: 0,
             seed: 0,
+            sampling: None,
             timeout: Duration::from_secs(1),
             goodput: Limits { e2el: Some(Duration::from_millis(500)), ..Limits::default() },
             sweep,

@@ -44,6 +44,7 @@ pub struct Workload {
     seed: u64,
     /// The run's number in a sweep.
     point: u64,
+    sampling: Option<proto::Sampling>,
     source: Source,
 }
 
@@ -94,14 +95,14 @@ impl Workload {
             max_model_len: facts.limits.map_or(usize::MAX, |l| l.max_model_len as usize),
             adapters,
         };
-        Ok(Workload { tenants: source.names(), seed, point: 0, source })
+        Ok(Workload { tenants: source.names(), seed, point: 0, sampling: None, source })
     }
 
     /// The lines of a file: in its order, again and again, or for adapters drawn by `popularity`.
     pub(super) fn of_tasks(tasks: Tasks, popularity: Option<Popularity>, seed: u64) -> Result<Self> {
         let chooser = popularity.map(|p| Chooser::new(p, tasks.adapters.len())).transpose()?;
         let source = Source::Tasks { tasks, chooser };
-        Ok(Workload { tenants: source.names(), seed, point: 0, source })
+        Ok(Workload { tenants: source.names(), seed, point: 0, sampling: None, source })
     }
 
     /// The same requests with random prompts that no other run of a sweep has, or the server would answer all but the
@@ -109,6 +110,11 @@ impl Workload {
     /// by what is swept alone; so do the lines of a tasks file, which are given.
     pub(super) fn of_point(self, number: usize) -> Self {
         Workload { point: number as u64, ..self }
+    }
+
+    /// The same with tokens drawn like this, by a seed for each request.
+    pub(super) fn sampled(self, sampling: Option<proto::Sampling>) -> Self {
+        Workload { sampling, ..self }
     }
 
     /// Names of the tenants.
@@ -123,6 +129,12 @@ impl Workload {
             Phase::Measured => 0,
         };
         let seed = self.seed.rotate_left(32) ^ (index << 1 | phase);
+        let mut planned = self.planned(seed, index);
+        planned.message.sampling = self.sampling.map(|sampling| proto::Sampling { seed: Some(seed), ..sampling });
+        planned
+    }
+
+    fn planned(&self, seed: u64, index: u64) -> Planned {
         let mut rng = StdRng::seed_from_u64(seed);
         match &self.source {
             Source::Synthetic { lengths, adapters, chooser, vocab_size, max_model_len } => {
@@ -266,6 +278,20 @@ mod tests {
         let workload = Workload::synthetic(lengths, Vec::new(), Popularity::Uniform, 0, &facts()).unwrap();
         assert_eq!(workload.tenants(), ["(bare base)"]);
         assert_eq!(workload.request(Phase::Measured, 3).message.adapter_id, "");
+    }
+
+    #[test]
+    fn what_is_drawn_has_a_seed_of_its_own() {
+        let lengths = Synthetic { prompt_len: Lengths::Fixed(4), output_len: Lengths::Fixed(4) };
+        let workload = Workload::synthetic(lengths, Vec::new(), Popularity::Uniform, 0, &facts()).unwrap();
+        let plain = workload.request(Phase::Measured, 0);
+        assert_eq!(plain.message.sampling, None);
+        let wish = proto::Sampling { temperature: Some(0.7), ..Default::default() };
+        let workload = workload.sampled(Some(wish));
+        let sampling = |index| workload.request(Phase::Measured, index).message.sampling.unwrap();
+        assert_eq!(sampling(0).temperature, Some(0.7));
+        assert!(sampling(0).seed != sampling(1).seed && sampling(1).seed == sampling(1).seed);
+        assert_eq!(workload.request(Phase::Measured, 0).message.input, plain.message.input);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::bench::{
     Tasks, Until,
 };
 use crate::error::Error;
+use crate::rpc::proto;
 use crate::server::{Server, terminated};
 use clap::Args;
 use shown::Shown;
@@ -102,6 +103,12 @@ struct RequestArgs {
     /// the order of the file].
     #[arg(long, value_name = "HOW")]
     popularity: Option<Popularity>,
+    /// Draw tokens at this temperature; 0 is greedy [default: the task card's, else greedy].
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Draw from the smallest set whose probability reaches this.
+    #[arg(long, value_name = "P", requires = "temperature", allow_negative_numbers = true)]
+    top_p: Option<f32>,
     /// Where every draw comes from. A running server that has seen a seed's random prompts has them in its cache: give
     /// another seed, or the second run is faster than the first.
     #[arg(long, default_value_t = 0)]
@@ -220,6 +227,13 @@ impl Bench {
                 },
             },
         };
+        let sampling = match r.temperature {
+            None => None,
+            Some(t) => {
+                within("temperature", f64::from(t), 0.0, 100.0)?;
+                Some(proto::Sampling { temperature: Some(t), top_p: r.top_p, ..Default::default() })
+            }
+        };
         Ok(Plan {
             requests,
             popularity: r.popularity,
@@ -227,6 +241,7 @@ impl Bench {
             until,
             warmup: l.warmup,
             seed: r.seed,
+            sampling,
             timeout: seconds("timeout", l.timeout)?,
             goodput: Limits::all(&self.goodput).map_err(Failure::Usage)?,
             sweep: self.sweep.clone(),

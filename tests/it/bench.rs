@@ -24,6 +24,7 @@ fn plan(adapters: usize, load: Load, requests: u64) -> Plan {
         until: Until::Requests(requests),
         warmup: 2,
         seed: 7,
+        sampling: None,
         timeout: Duration::from_secs(600),
         goodput: Limits::default(),
         sweep: None,

@@ -30,7 +30,11 @@ pub fn settings(wire: proto::TrainingSettings) -> Result<Settings> {
         None => usual.learning_rate,
         Some(rate) if rate > 0.0 => rate,
         Some(rate) => {
-            return Err(Error::invalid("settings.learning_rate", rate, "must be above 0; leave it out for the default"));
+            return Err(Error::invalid(
+                "settings.learning_rate",
+                rate,
+                "must be above 0; leave it out for the default",
+            ));
         }
     };
     Ok(Settings {

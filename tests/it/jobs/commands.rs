@@ -14,7 +14,10 @@ impl Shell<'_> {
         let address = self.served.address.trim_start_matches("http://");
         let mut command = Command::new(env!("CARGO_BIN_EXE_prefixd"));
         // `~` stands for a space within an argument.
-        command.args(arguments.split_whitespace().map(|a| a.replace('~', " "))).args(["--server", address]).current_dir(self.dir);
+        command
+            .args(arguments.split_whitespace().map(|a| a.replace('~', " ")))
+            .args(["--server", address])
+            .current_dir(self.dir);
         // The server answers on the runtime's other threads.
         tokio::task::block_in_place(|| command.output()).unwrap()
     }
