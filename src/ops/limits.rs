@@ -1,6 +1,6 @@
 //! What this machine's cores can do, measured: what the CPU ops are compared with.
 use super::Pool;
-use super::linear::{Kind, bench_tile};
+use super::linear::{Buffer, Kind, bench_tile};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -12,12 +12,13 @@ const TRIES: usize = 5;
 /// Bytes a second that all threads of `pool` read from memory together.
 pub fn read_bandwidth(pool: &Pool) -> f64 {
     // A product with one row reads its weights once and does little else; so does this sum, and it does even less.
-    let data = vec![1f32; READ_BYTES / 4];
-    let chunk = 1 << 18;
+    // In huge pages, as weights lie.
+    let data = Buffer::zeroed(READ_BYTES / 4);
+    let (data, chunk) = (data.as_slice(), 1 << 18);
     let best = (0..TRIES).map(|_| {
         let began = Instant::now();
         pool.for_each(data.len() / chunk, |i| {
-            let mut sum = [0f32; 64];
+            let mut sum = [0u32; 64];
             read(&data[i * chunk..(i + 1) * chunk], &mut sum);
             black_box(sum);
         });
@@ -27,10 +28,10 @@ pub fn read_bandwidth(pool: &Pool) -> f64 {
 }
 
 simd! {
-    fn read(data: &[f32], sum: &mut [f32; 64]) {
+    fn read(data: &[u32], sum: &mut [u32; 64]) {
         let mut own = *sum;
         for chunk in data.chunks_exact(64) {
-            own.iter_mut().zip(chunk).for_each(|(s, x)| *s += x);
+            own.iter_mut().zip(chunk).for_each(|(s, x)| *s = s.wrapping_add(*x));
         }
         *sum = own;
     }

@@ -12,6 +12,7 @@ mod tile;
 mod transposed;
 
 pub use buffer::Arena;
+pub(super) use buffer::Buffer;
 pub use matrix::Matrix;
 pub use packed::Packed;
 pub(super) use product::bench_tile;

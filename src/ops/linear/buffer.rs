@@ -52,7 +52,7 @@ impl Drop for Chunk {
 }
 
 /// `u32`s, 64-byte aligned.
-pub(super) struct Buffer {
+pub(in crate::ops) struct Buffer {
     chunk: Arc<Chunk>,
     /// Where it starts in the chunk, in bytes.
     start: usize,
@@ -61,7 +61,7 @@ pub(super) struct Buffer {
 
 impl Buffer {
     /// `len` zeroed elements, for a while.
-    pub(super) fn zeroed(len: usize) -> Self {
+    pub(in crate::ops) fn zeroed(len: usize) -> Self {
         Self::within(Arc::new(Chunk::new(len * 4)), 0, len)
     }
 
@@ -89,7 +89,7 @@ impl Buffer {
         self.len
     }
 
-    pub(super) fn as_slice(&self) -> &[u32] {
+    pub(in crate::ops) fn as_slice(&self) -> &[u32] {
         // SAFETY: `len` initialised elements.
         unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len) }
     }
