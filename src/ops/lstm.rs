@@ -54,12 +54,19 @@ impl Run<'_> {
         (0..n).map(move |i| if back { n - 1 - i } else { i })
     }
 
-    fn states(&self) -> Vec<f32> {
+    /// The weight as `[h, 4 h]`.
+    fn turned(&self) -> Vec<f32> {
         let h = self.h;
-        let mut turned = vec![0f32; 4 * h * h]; // [h, 4 h]
+        let mut turned = vec![0f32; 4 * h * h];
         for (r, row) in self.weight.chunks_exact(h).enumerate() {
             row.iter().enumerate().for_each(|(c, w)| turned[c * 4 * h + r] = *w);
         }
+        turned
+    }
+
+    fn states(&self) -> Vec<f32> {
+        let h = self.h;
+        let turned = self.turned();
         let mut all = vec![0f32; self.n * h];
         let (mut state, mut cell) = (vec![0f32; h], vec![0f32; h]);
         for row in self.order() {
@@ -84,10 +91,7 @@ impl Run<'_> {
         for pair in order.windows(2) {
             before[pair[1] * h..(pair[1] + 1) * h].copy_from_slice(&states[pair[0] * h..(pair[0] + 1) * h]);
         }
-        let mut turned = vec![0f32; 4 * h * h];
-        for (r, row) in self.weight.chunks_exact(h).enumerate() {
-            row.iter().enumerate().for_each(|(c, w)| turned[c * 4 * h + r] = *w);
-        }
+        let turned = self.turned();
         let mut gates = self.gates.to_vec();
         add_product(Matrix::rows(&before, h), h, &turned, 4 * h, &mut gates, 4 * h, n, 4 * h);
         let (mut cells, mut cell) = (vec![0f32; n * h], vec![0f32; h]);

@@ -6,9 +6,11 @@ mod base;
 mod clerk;
 mod prepare;
 mod status;
+mod wires;
 
 pub use base::Base;
 pub use status::{JobState, JobStatus, NewJob, Spec};
+pub use wires::{Publish, Published, Trained, Wires};
 
 use super::dataset;
 use super::journal::{Journal, Row};
@@ -16,7 +18,6 @@ use super::run::{Happened, Report};
 use super::settings::{MOST_TASKS, TrainMethod};
 use super::trainer::{Event, JobId, Order};
 use crate::adapter::AdapterId;
-use crate::adapter::peft::SavedAdapter;
 use crate::error::{Context, Error, Kind, Result};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -24,48 +25,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
-
-/// A finished adapter on its way into the store.
-pub struct Trained {
-    /// Its name.
-    pub adapter_id: AdapterId,
-    /// PEFT's files.
-    pub files: SavedAdapter,
-    /// Text of the `task.toml`; empty: none.
-    pub card: String,
-    /// Put it in service.
-    pub load: bool,
-    /// Keep it in the KV pool.
-    pub pinned: bool,
-}
-
-/// Where a finished adapter is.
-#[derive(Debug)]
-pub enum Published {
-    /// In service, as this generation.
-    Serving(u64),
-    /// In the store, as was asked for.
-    Stored,
-    /// In the store alone, as there was no room to serve it.
-    Waiting(Error),
-}
-
-/// Puts a finished adapter into the store and, if asked, in service. Blocks.
-pub type Publish = Box<dyn Fn(Trained) -> Result<Published> + Send>;
-
-/// What joins the jobs to the thread that trains and to the store.
-pub struct Wires {
-    /// To the trainer.
-    pub orders: Sender<Order>,
-    /// What the trainer speaks into.
-    pub clerk: Sender<Event>,
-    /// The other end of it.
-    pub events: Receiver<Event>,
-    /// Has the trainer look at its orders.
-    pub wake: Box<dyn Fn() + Send + Sync>,
-    /// Puts results into the store.
-    pub publish: Publish,
-}
 
 /// How many jobs, and how large.
 #[derive(Clone, Copy, Debug)]

@@ -64,7 +64,14 @@ impl PromptEncoder {
 
     /// The rows `[num_virtual_tokens, width]`, with their gradient: what PEFT saves as `prompt_embeddings`. A multitask prompt has as
     /// many for each of `tasks`, one task after the other: a job of many never makes those that a batch does not use.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a task that there is not.
     pub fn rows(&self, tasks: &[u32]) -> Result<Tensor> {
+        let most = self.tasks();
+        if let Some(task) = tasks.iter().find(|task| **task as usize >= most) {
+            return Err(Error::invalid("task_id", task, format!("the job has {most} tasks, counted from 0")));
+        }
         let embedding = self.weight("embedding.weight")?.as_tensor().clone();
         match self.kind {
             EncoderKind::Embedding => Ok(embedding),

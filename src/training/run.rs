@@ -2,6 +2,11 @@
 //!
 //! What happens next depends on the settings, the data and [`Progress`] alone, so a run that goes on from a checkpoint ends
 //! with the bits of one that was never disturbed.
+mod order;
+
+pub use order::shuffle;
+
+use self::order::Order;
 use super::init;
 use super::job::{Job, Placement};
 use super::settings::{Init, Settings};
@@ -9,11 +14,8 @@ use super::step::{Example, Outcome, Work};
 use crate::error::{Error, Kind, Result};
 use crate::model::Model;
 use candle_core::Tensor;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -140,7 +142,7 @@ impl Run {
             (progress, kept) = (at, job.load(bytes, &[BEST, CHAMPION])?);
         }
         let (so_far, batches, spent, step) = Default::default();
-        let order = Order::new(&plan, restart);
+        let order = plan.order(restart);
         let mut run = Run { plan, job, progress, kept, so_far, batches, spent, order, step };
         run.draw();
         Ok(run)
@@ -281,9 +283,12 @@ impl Run {
         Batch { examples: chosen[from..from + size].to_vec(), evaluation: false, divisor: *divisor }
     }
 
-    /// Draws the examples of the step that comes next: once for all its batches.
+    /// Draws the examples of the step that comes next, if one does: once for all its batches.
     fn draw(&mut self) {
-        let of_step = self.plan.settings.batch_size * self.plan.settings.accumulation_steps;
+        if self.finished() {
+            return;
+        }
+        let of_step = self.plan.settings.step_size();
         let first = self.progress.step * of_step;
         let chosen = self.order.places(first..first + of_step);
         let divisor = chosen.iter().map(|i| self.job.targets(&self.plan.train[*i])).sum();
@@ -341,7 +346,7 @@ impl Run {
             self.job = start(model, &self.plan, next)?;
             let (champion, rows) = (self.progress.champion, self.progress.rows);
             self.progress = Progress { restart: next, champion, rows, ..Progress::default() };
-            self.order = Order::new(&self.plan, next);
+            self.order = self.plan.order(next);
             self.draw();
             return Ok(());
         }
@@ -375,7 +380,12 @@ impl Plan {
 
     /// Steps that go once through the data.
     fn epoch(&self) -> usize {
-        self.train.len().div_ceil(self.settings.batch_size * self.settings.accumulation_steps)
+        self.train.len().div_ceil(self.settings.step_size())
+    }
+
+    /// Of the examples, in one start.
+    fn order(&self, restart: usize) -> Order {
+        Order::new(self.train.len(), (!self.settings.keep_order).then(|| seed(&self.settings, restart)))
     }
 }
 
@@ -394,45 +404,6 @@ fn start(model: &Model, plan: &Plan, restart: usize) -> Result<Job> {
 
 fn seed(settings: &Settings, restart: usize) -> u64 {
     settings.seed.wrapping_add(restart as u64)
-}
-
-/// The endless order of the examples: each epoch is a permutation of its own, drawn from a seed; without one, each is the data as it is.
-struct Order {
-    n: usize,
-    seed: Option<u64>,
-    /// The epoch that was drawn last.
-    epoch: Option<(usize, Vec<usize>)>,
-}
-
-impl Order {
-    fn new(plan: &Plan, restart: usize) -> Self {
-        let seed = (!plan.settings.keep_order).then(|| seed(&plan.settings, restart));
-        Order { n: plan.train.len(), seed, epoch: None }
-    }
-
-    /// The examples in places `range`.
-    fn places(&mut self, range: Range<usize>) -> Vec<usize> {
-        let n = self.n;
-        let Some(seed) = self.seed else { return range.map(|at| at % n).collect() };
-        let pick = |at: usize| {
-            let drawn = self.epoch.take().filter(|(epoch, _)| *epoch == at / n);
-            let (_, all) = self.epoch.insert(drawn.unwrap_or_else(|| {
-                let mut all: Vec<usize> = (0..n).collect();
-                shuffle(&mut all, seed ^ ((at / n) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-                (at / n, all)
-            }));
-            all[at % n]
-        };
-        range.map(pick).collect()
-    }
-}
-
-/// Fisher and Yates's shuffle, from `seed`.
-pub fn shuffle(all: &mut [usize], seed: u64) {
-    let mut rng = StdRng::seed_from_u64(seed);
-    for i in (1..all.len()).rev() {
-        all.swap(i, rng.random_range(0..=i));
-    }
 }
 
 #[cfg(test)]

@@ -312,9 +312,14 @@ impl Settings {
         }
     }
 
+    /// Examples of a step.
+    pub fn step_size(&self) -> usize {
+        self.batch_size * self.accumulation_steps
+    }
+
     /// Steps over `examples`.
     pub fn steps(&self, examples: usize) -> usize {
-        let batch = self.batch_size * self.accumulation_steps;
+        let batch = self.step_size();
         match self.max_steps {
             0 => ((self.epochs * examples as f64 / batch as f64).ceil() as usize).clamp(1, MAX_STEPS),
             steps => steps,

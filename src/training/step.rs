@@ -49,22 +49,9 @@ pub struct Work<'a> {
 
 impl Work<'_> {
     /// The tasks of its examples, each once, in the order of their first ones.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for one that the job does not have.
-    pub fn tasks(&self) -> Result<Vec<u32>> {
-        let (mut tasks, most) = (Vec::new(), self.job.encoder.tasks());
+    pub fn tasks(&self) -> Vec<u32> {
         let mut seen = HashSet::new();
-        for example in &self.examples {
-            if example.task >= most {
-                let rule = format!("the job has {most} tasks, counted from 0");
-                return Err(Error::invalid("task_id", example.task, rule));
-            }
-            if seen.insert(example.task) {
-                tasks.push(example.task as u32);
-            }
-        }
-        Ok(tasks)
+        self.examples.iter().map(|e| e.task as u32).filter(|task| seen.insert(*task)).collect()
     }
 }
 
@@ -132,7 +119,7 @@ impl Step {
     /// # Errors
     /// `InvalidArgument` for a job without targets, or with labels that are not as many as rows.
     pub fn new(model: &Model, work: &[Work<'_>], keep: Activations) -> Result<Self> {
-        let tasks = work.iter().map(Work::tasks).collect::<Result<Vec<_>>>()?;
+        let tasks: Vec<_> = work.iter().map(Work::tasks).collect();
         let rows = work.iter().zip(&tasks).map(|(w, tasks)| w.job.encoder.rows(tasks)).collect::<Result<Vec<_>>>()?;
         let of = |stored: bool| -> Vec<Tensor> {
             let own = work.iter().zip(&rows).filter(|(w, _)| (w.job.placement == Placement::Stored) == stored);

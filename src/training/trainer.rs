@@ -10,7 +10,7 @@ use crate::model::background::Background;
 use crate::model::packed::Activations;
 use crate::ops::memory;
 use crate::training::settings::Recompute;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -148,8 +148,8 @@ impl Trainer {
         for id in order {
             let Some(next) = self.runs[id].run.work() else { continue };
             let plan = self.runs[id].run.plan();
-            let tasks: HashSet<usize> = next.examples.iter().map(|e| e.task).collect();
-            let own = next.examples.iter().map(|e| e.rows.len()).sum::<usize>() + tasks.len() * plan.leading_rows();
+            let own =
+                next.examples.iter().map(|e| e.rows.len()).sum::<usize>() + next.tasks().len() * plan.leading_rows();
             if !jobs.is_empty() && rows + own > self.bounds.batch_rows {
                 continue;
             }

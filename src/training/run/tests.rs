@@ -7,8 +7,7 @@ use crate::training::step::Goal;
 
 #[test]
 fn epochs_are_permutations_or_the_data_as_it_is() {
-    let order = |n, seed| Order { n, seed, epoch: None };
-    let shuffled = order(10, Some(3)).places(0..30);
+    let shuffled = Order::new(10, Some(3)).places(0..30);
     let (first, second) = (&shuffled[..10], &shuffled[10..20]);
     for epoch in [first, second] {
         let mut sorted = epoch.to_vec();
@@ -17,11 +16,11 @@ fn epochs_are_permutations_or_the_data_as_it_is() {
     }
     assert!(first != second && !first.is_sorted());
     // Steps that straddle an epoch's end go on in the same order.
-    let mut on = order(10, Some(3));
+    let mut on = Order::new(10, Some(3));
     assert_eq!(on.places(7..23), shuffled[7..23]);
     // Back, too: a checkpoint is where it is.
     assert_eq!(on.places(2..5), shuffled[2..5]);
-    assert_eq!(order(3, None).places(2..8), [2, 0, 1, 2, 0, 1]);
+    assert_eq!(Order::new(3, None).places(2..8), [2, 0, 1, 2, 0, 1]);
 }
 
 /// A run of three starts of two steps each.
